@@ -1,0 +1,88 @@
+"""What the tests share: a toy corpus, its prepared data set, a toy run, and the programs as a user starts them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import demo_music  # noqa: E402
+
+TOY = (
+    "--dim=32 --heads=2 --layers=2 --text_dim=32 --text_heads=2 --text_layers=1 --segment=1 --batch_size=4 --steps=6"
+    " --epoch=3 --log_every=1 --warmup=2 --samples=1 --valid_items=4 --evaluate=False --device=cpu --dtype=float32"
+).split()
+
+
+def start(program, *args, cwd=ROOT):
+    """A program of the repository as its own process, on one thread so that several share the machine."""
+    return subprocess.Popen(
+        [sys.executable, program, *map(str, args)], cwd=cwd, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def finish(process, status=0):
+    """Its output, once it has ended with `status`."""
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == status, output
+    return output
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    demo_music.write_corpus(folder, 16, seed=5, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "toy"
+    data.prepare(corpus / "manifest.jsonl", folder, workers=1, valid_fraction=0.2)
+    return folder
+
+
+@pytest.fixture
+def own_dataset(dataset, tmp_path):
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(dataset, tmp_path / "data"))
+
+
+@pytest.fixture(scope="session")
+def toy_run(dataset, tmp_path_factory):
+    """The folder of a toy run made by the real command line, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    output = finish(start("train.py", *TOY, f"--data={dataset}", f"--out={out}"))
+    return out, output
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a program's main in this process, as `config.run` would: -> (exit status, what it printed)."""
+    import config
+
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            config.run(module.main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            torch.set_flush_denormal(False)
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return call
