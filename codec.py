@@ -1,0 +1,268 @@
+"""The frozen EnCodec (arXiv:2210.13438): a wav becomes K streams of integers, and integers a wav again.
+
+    codec = load_codec("tiny")                      # ships with the repository, no network
+    codes = codec.encode(wav)                       # [B, channels, samples] -> int64 [B, K, T]
+    wav = codec.decode(codes)                       # [B, K, T] -> [B, channels, T * hop]
+
+    name            rate     frames/s  K                card   weights
+    tiny            16 kHz   50        4                512    tiny/codec.pt, made by train_codec.py
+    encodec_24khz   24 kHz   75        2, 4, 8 or 16    1024   published, from the network, a file or a folder
+
+Letters: B batch, K codebooks, T frames, D latent width, F frequency bins.
+"""
+
+import hashlib
+import importlib.machinery
+import math
+import sys
+import types
+import urllib.error
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+try:
+    import torchaudio  # noqa: F401
+except (ImportError, OSError):
+    # encodec imports torchaudio, yet nothing used here calls it; an empty module stands in where no build fits torch.
+    placeholder = types.ModuleType("torchaudio")
+    placeholder.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    sys.modules["torchaudio"] = placeholder
+
+from encodec import EncodecModel  # noqa: E402
+from encodec.quantization import ResidualVectorQuantizer  # noqa: E402
+
+from config import UserError  # noqa: E402
+
+TINY_WEIGHTS = Path(__file__).parent / "tiny" / "codec.pt"
+CODEC_FORMAT = 1
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise convolution over time, then a pointwise MLP, on [B, D, T] (ConvNeXt, arXiv:2201.03545)."""
+
+    def __init__(self, dim, hidden, layers):
+        super().__init__()
+        self.depthwise = nn.Conv1d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+        self.scale = nn.Parameter(torch.full((dim,), 1 / layers))
+
+    def forward(self, x):
+        h = self.norm(self.depthwise(x).transpose(1, 2))
+        return x + (self.scale * self.down(F.gelu(self.up(h)))).transpose(1, 2)
+
+
+class TinyEncoder(nn.Module):
+    """Log-magnitude STFT frames -> latents: [B, 1, samples] -> [B, D, T]. Only the magnitude is heard."""
+
+    def __init__(self, n_fft, hop, dim, hidden, layers, latent):
+        super().__init__()
+        self.n_fft, self.hop = n_fft, hop
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.inp = nn.Conv1d(n_fft // 2 + 1, dim, 3, padding=1)
+        self.blocks = nn.Sequential(*[ConvNeXtBlock(dim, hidden, layers) for _ in range(layers)])
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, latent)
+
+    def forward(self, wav):
+        wav = F.pad(wav[:, 0], (0, -wav.shape[-1] % self.hop))
+        side = (self.n_fft - self.hop) // 2  # so that frame t is centred on its own hop and T = samples / hop
+        wav = F.pad(wav, (side, side))
+        stft = torch.stft(wav, self.n_fft, self.hop, window=self.window, center=False, return_complex=True)
+        x = self.inp(stft.abs().clamp(min=1e-4).log())
+        return self.out(self.norm(self.blocks(x).transpose(1, 2))).transpose(1, 2)
+
+
+class TinyDecoder(nn.Module):
+    """Latents -> magnitude and phase -> inverse STFT (Vocos, arXiv:2306.00814): [B, D, T] -> [B, 1, T * hop]."""
+
+    def __init__(self, n_fft, hop, dim, hidden, layers, latent):
+        super().__init__()
+        self.n_fft, self.hop = n_fft, hop
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.inp = nn.Conv1d(latent, dim, 7, padding=3)
+        self.blocks = nn.Sequential(*[ConvNeXtBlock(dim, hidden, layers) for _ in range(layers)])
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, n_fft + 2)
+
+    def forward(self, latents):
+        x = self.norm(self.blocks(self.inp(latents)).transpose(1, 2))
+        log_magnitude, phase = self.out(x).transpose(1, 2).chunk(2, dim=1)
+        spectrum = torch.polar(log_magnitude.clamp(max=7).exp(), phase)
+        frames = torch.fft.irfft(spectrum, self.n_fft, dim=1) * self.window[:, None]
+        length = self.n_fft + self.hop * (frames.shape[-1] - 1)
+        weight = self.window.square()[:, None].expand(-1, frames.shape[-1])[None]
+        fold = dict(output_size=(1, length), kernel_size=(1, self.n_fft), stride=(1, self.hop))
+        wav = F.fold(frames, **fold) / F.fold(weight, **fold).clamp(min=1e-8)
+        side = (self.n_fft - self.hop) // 2
+        return wav[:, :, 0, side:-side]
+
+
+class TinyCodec(nn.Module):
+    """Frames in, frames out, with encodec's own residual VQ between; the same three parts as `EncodecModel`."""
+
+    sample_rate, channels, frame_rate = 16_000, 1, 50
+
+    def __init__(self, n_fft=1024, hop=320, dim=192, hidden=576, encoder_layers=4, decoder_layers=6,
+                 latent=64, K=4, card=512):  # fmt: skip
+        super().__init__()
+        self.config = dict(n_fft=n_fft, hop=hop, dim=dim, hidden=hidden, encoder_layers=encoder_layers,
+                           decoder_layers=decoder_layers, latent=latent, K=K, card=card)  # fmt: skip
+        self.encoder = TinyEncoder(n_fft, hop, dim, hidden, encoder_layers, latent)
+        # A batch holds about 1.5 frames per code, so encodec's default threshold of 2 would expire codes in use.
+        self.quantizer = ResidualVectorQuantizer(latent, n_q=K, bins=card, kmeans_iters=10, threshold_ema_dead_code=0.1)
+        self.decoder = TinyDecoder(n_fft, hop, dim, hidden, decoder_layers, latent)
+
+
+class Codec:
+    """A frozen codec in float32 and eval mode, whatever autocast surrounds it.
+
+    Attributes: name, sample_rate (Hz), frame_rate (frames/s), hop (samples per frame), channels, K, card, dim (width
+    of the latents), and id, which goes into shards and checkpoints so that codes never meet a model of another codec.
+    """
+
+    def __init__(self, name, model, K):
+        self.name, self.K = name, K
+        self.model = model.float().eval().requires_grad_(False)
+        self.sample_rate, self.channels, self.frame_rate = model.sample_rate, model.channels, model.frame_rate
+        self.card, self.dim = model.quantizer.bins, model.quantizer.dimension
+        self.hop = self.sample_rate // self.frame_rate
+        digest = hashlib.sha256()
+        for key, tensor in sorted(model.state_dict().items()):
+            digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        self.id = f"{name}-K{K}-{digest.hexdigest()[:8]}"
+
+    def to(self, device):
+        self.model.to(device)
+        return self
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, wav):
+        """wav [B, channels, samples] at `sample_rate` -> codes int64 [B, K, ceil(samples / hop)].
+
+        A wav that peaks above 1 is scaled down to 1 first, as many published tracks clip the codec otherwise.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            wav = wav.to(self.device, torch.float32)
+            wav = wav / wav.abs().amax((1, 2), keepdim=True).clamp(min=1)
+            return self.model.quantizer.vq.encode(self.model.encoder(wav), n_q=self.K).transpose(0, 1)
+
+    @torch.no_grad()
+    def latents(self, codes):
+        """codes [B, K, T] -> the sum of their codebook vectors, float32 [B, dim, T]."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model.quantizer.decode(codes.to(self.device).transpose(0, 1))
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """codes [B, K, T] -> wav float32 [B, channels, T * hop]."""
+        latents = self.latents(codes)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model.decoder(latents)
+
+
+def encode_long(codec, wav, piece=30.0, context=1.0):
+    """wav [channels, samples] of any length -> codes [K, T], in pieces of `piece` seconds to bound the memory.
+
+    Each piece is encoded with `context` seconds on either side, whose codes are dropped, so that no seam is heard.
+    """
+    hop, T = codec.hop, math.ceil(wav.shape[-1] / codec.hop)
+    wav = wav / wav.abs().max().clamp(min=1)
+    step, side = round(piece * codec.frame_rate), round(context * codec.frame_rate)
+    codes = []
+    for start in range(0, T, step):
+        first, last = max(0, start - side), min(T, start + step + side)
+        part = codec.encode(wav[None, :, first * hop : last * hop])[0]
+        codes.append(part[:, start - first : start - first + min(step, T - start)])
+    return torch.cat(codes, dim=1)
+
+
+def load_codec(name, weights=""):
+    """The codec called `name`: 'tiny', or 'encodec_24khz' with an optional bandwidth in kbps, 'encodec_24khz:3'.
+
+    `weights` is a file, or a folder that holds the file, for when the network is out of reach.
+    Raises UserError for a name, a file or a bandwidth that will not do, saying what would.
+    """
+    base, _, bandwidth = name.partition(":")
+    if base == "tiny" and not bandwidth:
+        return Codec("tiny", load_tiny(weights or TINY_WEIGHTS), K=4)
+    if base == "encodec_24khz":
+        choices = {"1.5": 2, "3": 4, "6": 8, "12": 16}
+        if (bandwidth or "6") not in choices:
+            raise UserError(f"codec '{name}': bandwidth must be one of {', '.join(choices)} kbps")
+        return Codec("encodec_24khz", load_encodec_24khz(weights), K=choices[bandwidth or "6"])
+    raise UserError(f"unknown codec '{name}': choose 'tiny' or 'encodec_24khz[:1.5|3|6|12]'")
+
+
+def load_tiny(path):
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved.get("codec_format") != CODEC_FORMAT:
+            raise UserError("not a tiny codec")
+        model = TinyCodec(**saved["config"])
+        model.load_state_dict({key: value.float() for key, value in saved["model"].items()})
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such codec file; train one with train_codec.py") from None
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as a tiny codec ({str(error).splitlines()[0]})") from None
+    return model
+
+
+def save_tiny(model, path, **about):
+    """Half precision is enough for the weights. The codebooks' running averages, which only training needs, are
+    left at what the codebooks imply."""
+    state = {key: value.half() for key, value in model.state_dict().items()}
+    for key in state:
+        if key.endswith(("embed_avg", "cluster_size")):
+            state[key] = torch.zeros(1, dtype=torch.half).expand_as(state[key])
+    torch.save({"codec_format": CODEC_FORMAT, "config": model.config, "model": state, "about": about}, path)
+
+
+def load_encodec_24khz(weights):
+    url = "https://dl.fbaipublicfiles.com/encodec/v0/"
+    filename = "encodec_24khz-d7cc33bc.th"
+    model = EncodecModel.encodec_model_24khz(pretrained=False)
+    try:
+        if weights:
+            path = Path(weights) / filename if Path(weights).is_dir() else Path(weights)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            state = torch.hub.load_state_dict_from_url(url + filename, map_location="cpu", check_hash=True)
+        model.load_state_dict(state)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such file; it should be {url + filename}") from None
+    except (urllib.error.URLError, OSError) as error:
+        raise UserError(
+            f"encodec_24khz cannot be downloaded ({error}); fetch {url + filename} on another machine"
+            f" and pass --codec_weights=FILE, or use --codec=tiny"
+        ) from None
+    except Exception as error:
+        raise UserError(f"{weights}: not the weights of encodec_24khz ({str(error).splitlines()[0]})") from None
+    return model
+
+
+def mel_filters(sample_rate, n_fft, n_mels):
+    """Triangular filters on the HTK mel scale, float32 [n_mels, n_fft // 2 + 1]."""
+    top = 2595 * math.log10(1 + sample_rate / 2 / 700)
+    hertz = 700 * (10 ** (torch.linspace(0, top, n_mels + 2) / 2595) - 1)
+    bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1)
+    rise = (bins - hertz[:-2, None]) / (hertz[1:-1] - hertz[:-2])[:, None]
+    fall = (hertz[2:, None] - bins) / (hertz[2:] - hertz[1:-1])[:, None]
+    return torch.minimum(rise, fall).clamp(min=0)
+
+
+def mel_spectrogram(wav, sample_rate, n_fft=1024, hop=320, n_mels=80):
+    """wav [..., samples] -> magnitude mel spectrogram [..., n_mels, 1 + samples // hop]."""
+    shape = wav.shape[:-1]
+    window = torch.hann_window(n_fft, device=wav.device)
+    stft = torch.stft(wav.reshape(-1, wav.shape[-1]), n_fft, hop, window=window, return_complex=True)
+    mel = mel_filters(sample_rate, n_fft, n_mels).to(wav.device) @ stft.abs()
+    return mel.reshape(*shape, n_mels, -1)

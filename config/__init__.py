@@ -1,0 +1,195 @@
+"""Every setting with its default, and the loader.
+
+A config file is Python that assigns some of the settings, and may begin with `from config.small import *`.
+On the command line `--key=value` or `--key value` overrides it:
+
+    python train.py config/demo.py --steps=200 --lr 1e-3
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line that says what was wrong, where, and what to do."""
+
+
+@dataclass
+class Settings:
+    # The run
+    out: str = "out/run"  # folder for checkpoints, logs and samples
+    resume: bool = True  # go on from OUT/last.pt where there is one; False refuses to write over it
+    seed: int = 0  # fixes the weights, the batches and every dropout draw
+    device: str = "auto"  # cuda, mps, cpu, or auto: the first of them that is there
+    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 where the device computes in it
+    # Data
+    data: str = "data/demo"  # folder made by `python data.py prepare`
+    demo_clips: int = 0  # where DATA is missing, synthesise the demo's corpus of so many clips and prepare it
+    codec: str = "tiny"  # tiny, or encodec_24khz[:1.5|3|6|12] (kbps)
+    codec_weights: str = ""  # file or folder with the codec's weights; empty: shipped or downloaded
+    segment: float = 8.0  # seconds of music in a training item; shorter tracks are padded
+    batch_size: int = 8  # items in one optimizer step, whatever the hardware
+    one_batch: bool = False  # train on the first batch again and again, whose loss must go to zero
+    micro_batch: int = 0  # items that the device holds at once, gradients accumulate over them; 0: all
+    # Model
+    dim: int = 256  # width D
+    heads: int = 4  # attention heads; divides dim
+    layers: int = 6  # blocks
+    pattern: str = "delay"  # delay, parallel or unrolled
+    delays: tuple = ()  # one number per codebook for the delay pattern; empty: 0,1,2,...
+    text_dim: int = 128  # width of the text embedder
+    text_heads: int = 4  # its attention heads; divides text_dim
+    text_layers: int = 2  # its blocks
+    text_max_tokens: int = 64  # captions are cut off after so many tokens
+    # Conditioning, per sample and in training only
+    cfg_dropout: float = 0.1  # probability to drop all conditions together, for guidance
+    text_dropout: float = 0.0  # probability to drop the text on its own
+    merge_text_p: float = 0.0  # probability that a track's other metadata joins its caption
+    word_dropout: float = 0.0  # probability to drop each word of the caption
+    # Optimisation
+    steps: int = 1000  # optimizer steps in the whole run
+    lr: float = 1e-3  # peak learning rate
+    min_lr: float = 0.0  # learning rate at the end of the cosine
+    warmup: int = 100  # steps of linear warm-up
+    weight_decay: float = 0.1  # AdamW's, on matrices only
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    ema_decay: float = 0.99  # of the averaged weights that validation and generation use; 0: no averaging
+    # The cycle
+    epoch: int = 500  # steps in an epoch; after each: validate, keep the best, commit
+    valid_items: int = 256  # held-out segments validated after each epoch; 0: all
+    generate_every: int = 1  # epochs between sample rounds; 0: only at the end
+    samples: int = 4  # clips in a sample round, for held-out captions
+    evaluate: bool = True  # measure caption adherence at the end, where the data set's attributes are known
+    evaluate_clips: int = 60  # held-out captions that it generates
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    # Generation
+    cfg: float = 3.0  # guidance; 1 switches it off
+    temperature: float = 1.0  # 0 takes the likeliest code
+    top_k: int = 250  # sample among so many codes; 0: all
+    top_p: float = 0.0  # sample within this probability mass instead; 0: off
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "pattern": ("delay", "parallel", "unrolled")}
+POSITIVE = (
+    "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens steps lr epoch log_every"
+)
+PROBABILITIES = "cfg_dropout text_dropout merge_text_p word_dropout ema_decay top_p"
+
+
+def nearest(name, names):
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else "; see --help"
+
+
+def checked(key, value, where):
+    """`value` as the type of the setting `key`; raises UserError for a key or a type that is not one."""
+    if key not in FIELDS:
+        raise UserError(f"{where}: unknown setting '{key}'{nearest(key, FIELDS)}")
+    kind = FIELDS[key].type
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and type(value) in (list, int):
+        value = tuple(value) if type(value) is list else (value,)
+    if type(value) is not kind:
+        raise UserError(f"{where}: {key} must be {kind.__name__}, not {value!r}")
+    return value
+
+
+def from_file(path):
+    """The settings that a config file assigns."""
+    if not Path(path).is_file():
+        known = ", ".join(str(p) for p in sorted(Path("config").glob("[!_]*.py")))
+        raise UserError(f"{path}: no such config file; there are {known}")
+    try:
+        assigned = runpy.run_path(str(path))
+    except Exception as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+    public = {k: v for k, v in assigned.items() if not k.startswith("_") and not inspect.ismodule(v)}
+    return {key: checked(key, value, path) for key, value in public.items()}
+
+
+def from_text(key, text):
+    """The value of one setting as typed on the command line."""
+    if key in FIELDS and FIELDS[key].type is str:
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def validate(s):
+    """Refuses values that no run could use."""
+    for key, choices in CHOICES.items():
+        if getattr(s, key) not in choices:
+            raise UserError(f"{key} = {getattr(s, key)!r}: choose one of {', '.join(choices)}")
+    for key in POSITIVE.split():
+        if getattr(s, key) <= 0:
+            raise UserError(f"{key} = {getattr(s, key)}: must be above 0")
+    for key in PROBABILITIES.split():
+        if not 0 <= getattr(s, key) <= 1:
+            raise UserError(f"{key} = {getattr(s, key)}: must lie between 0 and 1")
+    for width, heads in (("dim", "heads"), ("text_dim", "text_heads")):
+        if getattr(s, width) % getattr(s, heads) or getattr(s, width) // getattr(s, heads) % 2:
+            raise UserError(f"{width} = {getattr(s, width)}: must be an even multiple of {heads} = {getattr(s, heads)}")
+    if s.micro_batch and s.batch_size % s.micro_batch:
+        sizes = [n for n in range(1, s.batch_size + 1) if s.batch_size % n == 0]
+        near = sorted(sizes, key=lambda n: abs(n - s.micro_batch))[:2]
+        raise UserError(f"batch_size = {s.batch_size} does not divide by micro_batch = {s.micro_batch}; try {near}")
+    return s
+
+
+def load(argv, usage):
+    """argv (without the program) -> Settings: config files first, in turn, then `--key=value` and `--key value`."""
+    values, words = {}, list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            print(usage + "\n\n" + table())
+            sys.exit(0)
+        if not word.startswith("--"):
+            values.update(from_file(word))
+            continue
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"--{key}: needs a value, --{key}=VALUE")
+            text = words.pop(0)
+        values[key] = checked(key, from_text(key, text), "command line")
+    return validate(Settings(**values))
+
+
+def table():
+    """Every setting, its default and its comment, read from the source above."""
+    rows = []
+    for line in inspect.getsource(Settings).splitlines():
+        if match := re.match(r"    (\w+): \w+ = (.+?)  # (.+)", line):
+            rows.append("  --{:<16} {:<12} {}".format(*match.groups()))
+        elif line.startswith("    # "):
+            rows.append(f"\n{line.strip('# ')}")
+    return "\n".join(rows)
+
+
+def run(main):
+    """Calls a program's main; bad input ends it with one line and status 2, ctrl-C with status 130."""
+    program = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        sys.exit(print(f"{program}: error: {error}", file=sys.stderr) or 2)
+    except BrokenPipeError:
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(print(f"\n{program}: interrupted", file=sys.stderr) or 130)

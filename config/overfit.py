@@ -1,0 +1,19 @@
+"""One batch to near-zero loss in a minute: the first thing to run after a change."""
+
+from config.demo import *
+
+out = "out/overfit"
+data = "data/overfit"
+demo_clips = 40
+one_batch = True
+cfg_dropout = 0.0
+segment = 2.0
+batch_size = 4
+
+steps = 200
+warmup = 10
+lr = 2e-3
+epoch = 200
+valid_items = 4
+samples = 1
+evaluate = False

@@ -1,0 +1,33 @@
+"""MusicGen small (300M in its paper's count), its recipe, on the published 24 kHz EnCodec at K = 4.
+
+python data.py prepare MUSIC --out data/music --codec encodec_24khz:3
+python train.py config/small.py
+"""
+
+out = "out/small"
+data = "data/music"
+codec = "encodec_24khz:3"
+segment = 30.0
+batch_size = 192
+micro_batch = 8
+
+dim = 1024
+heads = 16
+layers = 24
+text_dim = 512
+text_heads = 8
+text_layers = 4
+text_max_tokens = 128
+
+cfg_dropout = 0.1
+merge_text_p = 0.25
+word_dropout = 0.05
+
+steps = 1_000_000
+lr = 1e-4
+warmup = 4000
+epoch = 2000
+ema_decay = 0.99
+valid_items = 0
+generate_every = 25
+log_every = 10

@@ -1,0 +1,204 @@
+"""How the `tiny` codec was made, and how to make another.
+
+    python demo_music.py data/demo_audio --clips 1500
+    python train_codec.py train data/demo_audio MUSIC_FOLDER ...     # about an hour on 2 CPU cores; resumes by itself
+    python train_codec.py evaluate tiny/codec.pt FOLDER ...          # held-out figures, Opus beside them
+
+Every batch draws from the folders in equal parts, whatever their size. Tracks are held out by a hash of their name.
+The losses are spectral only, so phase is learned from the longer windows: the L1 distance of log-mel and of relative
+mel spectrograms at five resolutions (as in DAC, arXiv:2306.06546), plus the quantizer's commitment.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from tqdm import tqdm
+
+from codec import Codec, TinyCodec, load_codec, mel_spectrogram, save_tiny
+
+RESOLUTIONS = [(128, 10), (256, 20), (512, 40), (1024, 80), (2048, 128)]  # (window, mels), a quarter window per hop
+SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus"}
+
+
+def held_out(path):
+    return zlib.crc32(Path(path).name.encode()) % 20 == 0
+
+
+def load_folder(folder, valid):
+    """Every track of one side of the split: a list of int16 arrays at 16 kHz, mono."""
+    paths = [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in SUFFIXES and held_out(p) == valid]
+    tracks = []
+    for path in tqdm(paths, desc=str(folder), file=sys.stdout, mininterval=1):
+        wav, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        wav = soxr.resample(wav.mean(1), rate, TinyCodec.sample_rate)
+        if len(wav) >= 2 * TinyCodec.sample_rate:
+            tracks.append((wav / max(1, np.abs(wav).max()) * 32767).astype(np.int16))
+    if not tracks:
+        raise SystemExit(f"{folder}: no {'held-out ' if valid else ''}audio of two seconds or more")
+    return tracks
+
+
+def draw(tracks, length, rng):
+    """One crop of `length` samples, every second of the folder equally likely, at a random level; float32."""
+    sizes = np.array([len(track) for track in tracks], dtype=float)
+    track = tracks[rng.choice(len(tracks), p=sizes / sizes.sum())]
+    start = rng.integers(len(track) - length)
+    return track[start : start + length].astype(np.float32) / 32768 * rng.uniform(0.3, 1)
+
+
+def spectral_loss(output, target):
+    """[B, samples] twice -> log-mel L1 in nepers plus relative mel L1, the mean over RESOLUTIONS."""
+    total = 0
+    for window, mels in RESOLUTIONS:
+        a = mel_spectrogram(output, TinyCodec.sample_rate, window, window // 4, mels)
+        b = mel_spectrogram(target, TinyCodec.sample_rate, window, window // 4, mels)
+        floor = 1e-4 * window
+        total = total + ((a + floor).log() - (b + floor).log()).abs().mean() + (a - b).abs().sum() / b.abs().sum()
+    return total / len(RESOLUTIONS)
+
+
+def distances(output, target):
+    """(log-mel L1 in nepers, relative mel L1) at 80 mels and 1024 samples, the figures that README reports."""
+    a = mel_spectrogram(output, TinyCodec.sample_rate)
+    b = mel_spectrogram(target, TinyCodec.sample_rate)
+    return ((a + 0.1).log() - (b + 0.1).log()).abs().mean().item(), ((a - b).abs().sum() / b.sum()).item()
+
+
+def held_out_clips(tracks, seconds=5, most=40):
+    length = seconds * TinyCodec.sample_rate
+    rng = np.random.default_rng(0)
+    tracks = [track for track in tracks if len(track) > length]
+    return torch.from_numpy(np.stack([draw(tracks, length, rng) for _ in range(most)]))
+
+
+def opus(clip, kbps):
+    """One clip [samples] through ffmpeg's Opus encoder and back, at 16 kHz."""
+    with tempfile.TemporaryDirectory() as folder:
+        a, b, c = (f"{folder}/{name}" for name in ("a.wav", "b.opus", "c.wav"))
+        soundfile.write(a, clip.numpy(), TinyCodec.sample_rate)
+        quiet = ["ffmpeg", "-v", "error", "-y", "-i"]
+        subprocess.run([*quiet, a, "-c:a", "libopus", "-b:a", f"{kbps}k", "-vbr", "off", b], check=True)
+        subprocess.run([*quiet, b, "-ar", str(TinyCodec.sample_rate), c], check=True)
+        wav = torch.from_numpy(soundfile.read(c, dtype="float32")[0])
+    return torch.nn.functional.pad(wav, (0, max(0, len(clip) - len(wav))))[: len(clip)]
+
+
+def evaluate(args):
+    codec = load_codec("tiny", args.weights)
+    kbps = codec.K * math.log2(codec.card) * codec.frame_rate / 1000
+    print(f"{codec.id}: {kbps:.1f} kbps, {sum(p.numel() for p in codec.model.parameters()) / 1e6:.2f}M parameters")
+    for folder in args.folders:
+        clips = held_out_clips(load_folder(folder, valid=True))
+        codes = codec.encode(clips[:, None])
+        rows = {"tiny": codec.decode(codes)[:, 0]}
+        if shutil.which("ffmpeg"):
+            rows["opus 6 kbps"] = torch.stack([opus(clip, 6) for clip in clips])
+        for name, output in rows.items():
+            log_mel, relative = distances(output, clips)
+            print(f"{folder:32s} {name:12s} log-mel {log_mel:.3f} nepers   relative mel {relative:.3f}")
+        for k in range(codec.K):
+            p = torch.bincount(codes[:, k].flatten(), minlength=codec.card) / codes[:, k].numel()
+            entropy = -(p * p.clamp(min=1e-12).log2()).sum()
+            print(f"{'':32s} codebook {k + 1}: {(p > 0).sum()} of {codec.card} used, entropy {entropy:.2f} bits")
+
+
+def train(args):
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)  # denormals slow convolutions many times over on CPU
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    model = TinyCodec().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)
+    step, last = 0, out / "last.pt"
+    if last.exists():
+        saved = torch.load(last, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"].cpu())
+        step = saved["step"]
+        print(f"resuming from {last} at step {step}")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {args.steps} steps on {device}")
+    train_sets = [load_folder(folder, valid=False) for folder in args.folders]
+    valid_sets = [held_out_clips(load_folder(folder, valid=True)).to(device) for folder in args.folders]
+
+    def save():
+        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), step=step)
+        torch.save(state, out / "last.tmp")
+        (out / "last.tmp").replace(last)
+        save_tiny(model, out / "codec.pt", steps=step, folders=[Path(folder).name for folder in args.folders])
+
+    bar = tqdm(total=args.steps, initial=step, desc="training", file=sys.stdout, mininterval=5)
+    started, running = time.time(), None
+    while step < args.steps:
+        warm, progress = min(1, (step + 1) / 500), step / args.steps
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        rng = np.random.default_rng([1, step])
+        batch = [draw(train_sets[i % len(train_sets)], args.length, rng) for i in range(args.batch_size)]
+        wav = torch.from_numpy(np.stack(batch)).to(device)
+        latents = model.encoder(wav[:, None])
+        quantized = model.quantizer(latents, model.frame_rate)
+        output = model.decoder(quantized.quantized)[:, 0]
+        reconstruction = spectral_loss(output, wav)
+        loss = reconstruction + 0.25 * quantized.penalty
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        running = reconstruction.item() if running is None else 0.99 * running + 0.01 * reconstruction.item()
+        bar.update()
+        bar.set_postfix(loss=f"{running:.3f}", commit=f"{quantized.penalty.item():.3f}", refresh=False)
+        if step % args.valid_every == 0 or step == args.steps:
+            model.eval()
+            with torch.no_grad():
+                figures = {}
+                for folder, clips in zip(args.folders, valid_sets):
+                    codes = model.quantizer.encode(model.encoder(clips[:, None]), model.frame_rate)
+                    output = model.decoder(model.quantizer.decode(codes))[:, 0]
+                    figures[Path(folder).name] = [round(value, 4) for value in distances(output, clips)]
+            model.train()
+            line = dict(step=step, seconds=round(time.time() - started), train=round(running, 4), valid=figures)
+            tqdm.write(json.dumps(line), file=sys.stdout)
+            with open(out / "history.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            save()
+    save()
+    print(f"wrote {out / 'codec.pt'}: {Codec('tiny', model, K=4).id}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument("folders", nargs="+", help="folders of audio; each gives an equal part of every batch")
+    command.add_argument("--out", default="out/codec", help="where checkpoints, history.jsonl and codec.pt go")
+    command.add_argument("--steps", type=int, default=10_000)
+    command.add_argument("--batch_size", type=int, default=16)
+    command.add_argument("--length", type=int, default=16_000, help="samples in a crop, a multiple of 320")
+    command.add_argument("--lr", type=float, default=1e-3)
+    command.add_argument("--valid_every", type=int, default=500)
+    command.set_defaults(run=train)
+    command = commands.add_parser("evaluate")
+    command.add_argument("weights", help="a codec.pt")
+    command.add_argument("folders", nargs="+")
+    command.set_defaults(run=evaluate)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
