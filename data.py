@@ -1,0 +1,427 @@
+"""Music on disk -> token shards -> batches.
+
+    python data.py prepare MUSIC --out data/NAME     # a folder with captions in .txt or .json, or a JSONL manifest
+    python data.py check data/NAME                   # what is in it, and what is wrong with it
+
+data/NAME/  meta.json        codec, counts, split
+            train_000.npy    uint16 [frames, K], read by memory map; a further shard every SHARD_FRAMES
+            train_000.jsonl  per track: path, first frame in the shard, frames, caption, metadata
+            valid_000.*      held out by a hash of the path, so that a track never changes sides
+            tokenizer.model  SentencePiece, trained on the captions;  skipped.jsonl: what was left out, and why
+
+Letters: B batch, K codebooks, T frames.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import soundfile
+import soxr
+import torch
+from tqdm import tqdm
+
+import config
+from codec import encode_long, load_codec
+from conditioning import draw_conditions
+from config import UserError
+
+SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
+SHARD_FRAMES = 100_000_000
+DATA_FORMAT = 1
+
+
+def load_audio(path, sample_rate, channels=1):
+    """An audio file as float32 [channels, samples] at `sample_rate`; raises UserError if it cannot be read."""
+    try:
+        wav, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as audio ({str(error).split(': ')[-1].strip()})") from None
+    if not np.isfinite(wav).all():
+        raise UserError(f"{path}: holds samples that are not numbers")
+    if channels == 1:
+        wav = wav.mean(1, keepdims=True)
+    elif wav.shape[1] != channels:
+        wav = wav[:, :1].repeat(channels, 1)
+    return torch.from_numpy(np.ascontiguousarray(soxr.resample(wav, rate, sample_rate).T, dtype=np.float32))
+
+
+# ---------------------------------------------------------------------------------------------------- prepare
+
+
+def tracks_of_manifest(manifest):
+    """JSONL lines {"path", "caption", ...}; paths are relative to the manifest, other keys are metadata."""
+    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{manifest}, line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON ({error.msg}); one object per line is needed") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise UserError(f'{where}: has no "path"; needed is {{"path": "a.wav", "caption": "..."}}')
+        path = manifest.parent / entry.pop("path")
+        if not path.is_file():
+            raise UserError(f"{where}: {path}: no such file")
+        yield path, entry
+
+
+def tracks_of_folder(folder):
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES:
+            entry, text, sidecar = {}, path.with_suffix(".txt"), path.with_suffix(".json")
+            if sidecar.is_file():
+                try:
+                    entry = json.loads(sidecar.read_text(encoding="utf-8"))
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise UserError(f"{sidecar}: not JSON ({error})") from None
+                if not isinstance(entry, dict):
+                    raise UserError(f'{sidecar}: must hold an object, {{"caption": "...", ...}}')
+            if text.is_file():
+                entry["caption"] = text.read_text(encoding="utf-8", errors="replace")
+            yield path, entry
+
+
+def find_tracks(music, captions_needed):
+    """-> a list of {"path", "name", "caption", "metadata"}; the name is the path relative to the music."""
+    music = Path(music)
+    if not music.exists():
+        raise UserError(f"{music}: no such folder or manifest")
+    root = music if music.is_dir() else music.parent
+    tracks = []
+    for path, entry in tracks_of_folder(music) if music.is_dir() else tracks_of_manifest(music):
+        caption = " ".join(str(entry.pop("caption", "") or "").split())
+        attributes = entry.pop("attributes", None) or {}
+        metadata = {**entry, **attributes}
+        name = os.path.relpath(path, root)
+        tracks.append(dict(path=str(path), name=name, caption=caption, metadata=metadata))
+    if not tracks:
+        raise UserError(f"{music}: holds no audio ({', '.join(sorted(SUFFIXES))})")
+    if captions_needed and not any(track["caption"] for track in tracks):
+        raise UserError(
+            f"{music}: none of its {len(tracks)} tracks has a caption; put one beside each as a .txt of the same name,"
+            f" or pass --no-captions to train without text"
+        )
+    return tracks
+
+
+def split_tracks(tracks, valid_fraction):
+    """The names held out: those whose hash falls below the fraction, and never none nor all of them."""
+    ranked = sorted(tracks, key=lambda track: (zlib.crc32(track["name"].encode()), track["name"]))
+    below = sum(zlib.crc32(track["name"].encode()) < valid_fraction * 2**32 for track in ranked)
+    return {track["name"] for track in ranked[: min(max(1, below), len(ranked) - 1)]}
+
+
+def start_worker(codec_name, weights):
+    global codec
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    codec = load_codec(codec_name, weights)
+
+
+def encode_track(job):
+    """-> (codes uint16 [T, K], None), or (None, the reason why the track is left out)."""
+    path, min_seconds = job
+    try:
+        wav = load_audio(path, codec.sample_rate, codec.channels)
+        if wav.shape[1] < min_seconds * codec.sample_rate:
+            return None, f"{wav.shape[1] / codec.sample_rate:.2f} s long, shorter than {min_seconds} s"
+        if wav.abs().max() < 1e-3:
+            return None, "silent: no sample above -60 dBFS"
+        return encode_long(codec, wav).T.cpu().numpy().astype(np.uint16), None
+    except UserError as error:
+        return None, str(error)
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def train_tokenizer(tracks, vocab_size):
+    """SentencePiece (unigram, byte fallback) on every caption and every 'key: value' of the metadata -> bytes."""
+    sentences = [track["caption"] for track in tracks if track["caption"]]
+    sentences += sorted({f"{key}: {value}" for track in tracks for key, value in track["metadata"].items()})
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences or ["music"]), model_writer=model, vocab_size=vocab_size,
+        model_type="unigram", byte_fallback=True, hard_vocab_limit=False, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def write_split(folder, split, tracks, tokens):
+    """One side's shards; `tokens` is uint16 [frames, K], where a track begins at its `first`."""
+    shard, pending = 0, list(tracks)
+    while pending:
+        chosen, frames = [], 0
+        while pending and (not chosen or frames + pending[0]["frames"] <= SHARD_FRAMES):
+            chosen.append(pending.pop(0))
+            frames += chosen[-1]["frames"]
+        shape = (frames, tokens.shape[1])
+        array = np.lib.format.open_memmap(folder / f"{split}_{shard:03d}.npy", "w+", np.uint16, shape)
+        with open(folder / f"{split}_{shard:03d}.jsonl", "w", encoding="utf-8") as lines:
+            first = 0
+            for track in chosen:
+                array[first : first + track["frames"]] = tokens[track["first"] : track["first"] + track["frames"]]
+                lines.write(json.dumps({**track, "first": first}) + "\n")
+                first += track["frames"]
+        array.flush()
+        shard += 1
+
+
+def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fraction=0.05, min_seconds=1.0,
+            captions=True, vocab_size=1000):  # fmt: skip
+    """Encodes every track once. All is written beside `out` and renamed at the end; stopping loses at most a track."""
+    out = Path(out)
+    codec = load_codec(codec_name, codec_weights)
+    tracks = find_tracks(music, captions)
+    digest = hashlib.sha256(json.dumps([[t["name"], t["caption"], t["metadata"]] for t in tracks]).encode())
+    request = dict(music=str(music), tracks=digest.hexdigest(), codec=codec.id, min_seconds=min_seconds)
+    if (out / "meta.json").exists():
+        if json.loads((out / "meta.json").read_text())["request"] == request:
+            return print(f"{out} is prepared already")
+        raise UserError(f"{out}: holds other data; remove it or choose another --out")
+    work = out.with_name(out.name + ".partial")
+    if (work / "request.json").exists() and json.loads((work / "request.json").read_text()) != request:
+        raise UserError(f"{work}: was begun with other tracks or another codec; remove it to start again")
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(work / "request.json", request)
+
+    # journal.jsonl has a line per finished track, in order; tokens.bin may run ahead of it by what a crash cut off.
+    journal = work / "journal.jsonl"
+    journal.touch()
+    done = [json.loads(line) for line in journal.read_text().splitlines(True) if line.endswith("\n")]
+    frames = sum(entry["frames"] for entry in done)
+    with open(journal, "r+") as lines, open(work / "tokens.bin", "ab") as tokens:
+        lines.truncate(sum(len(json.dumps(entry)) + 1 for entry in done))
+        lines.seek(0, os.SEEK_END)
+        tokens.truncate(frames * codec.K * 2)
+        workers = min(workers or os.cpu_count(), max(1, len(tracks) - len(done)))
+        pool = multiprocessing.get_context("spawn").Pool(workers, start_worker, (codec_name, codec_weights))
+        jobs = [(track["path"], min_seconds) for track in tracks[len(done) :]]
+        bar = tqdm(total=len(tracks), initial=len(done), desc="encoding", unit="track", file=sys.stdout, mininterval=1)
+        with pool, bar:
+            for codes, reason in pool.imap(encode_track, jobs):
+                entry = dict(frames=0 if codes is None else len(codes), skipped=reason)
+                if codes is not None:
+                    tokens.write(codes.tobytes())
+                    tokens.flush()
+                    frames += len(codes)
+                lines.write(json.dumps(entry) + "\n")
+                lines.flush()
+                done.append(entry)
+                bar.update()
+                bar.set_postfix(minutes=f"{frames / codec.frame_rate / 60:.1f}", refresh=False)
+
+    kept, skipped, first = [], [], 0
+    for track, entry in zip(tracks, done):
+        if entry["skipped"]:
+            skipped.append(dict(path=track["path"], reason=entry["skipped"]))
+        else:
+            kept.append(dict(**track, first=first, frames=entry["frames"]))
+            first += entry["frames"]
+    if len(kept) < 2:
+        why = f"; the first was left out: {skipped[0]['path']}: {skipped[0]['reason']}" if skipped else ""
+        raise UserError(f"{music}: {len(kept)} usable tracks; at least 2 are needed, one to hold out{why}")
+    held_out = split_tracks(kept, valid_fraction)
+    sides = {
+        "train": [t for t in kept if t["name"] not in held_out],
+        "valid": [t for t in kept if t["name"] in held_out],
+    }
+    tokens = np.memmap(work / "tokens.bin", np.uint16, "r", shape=(frames, codec.K))
+    for split, side in sides.items():
+        write_split(work, split, side, tokens)
+    (work / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped), encoding="utf-8")
+    (work / "tokenizer.model").write_bytes(train_tokenizer(sides["train"], vocab_size))
+    counts = {split: dict(tracks=len(side), frames=sum(t["frames"] for t in side)) for split, side in sides.items()}
+    about = dict(name=codec_name, id=codec.id, K=codec.K, card=codec.card, frame_rate=codec.frame_rate)
+    write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=about, **counts, request=request))
+    for name in ("tokens.bin", "journal.jsonl", "request.json"):
+        (work / name).unlink()
+    work.rename(out)
+    for split, count in counts.items():
+        print(f"{split}: {count['tracks']} tracks, {count['frames'] / codec.frame_rate / 60:.1f} minutes")
+    if skipped:
+        print(f"skipped: {len(skipped)} tracks, listed in {out / 'skipped.jsonl'}; the first: {skipped[0]['reason']}")
+    print(f"wrote {out}")
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+class Batch(NamedTuple):
+    codes: torch.Tensor  # int64 [B, K, T], 0 on padding
+    valid: torch.Tensor  # bool [B, T], False on padding
+    conditions: list  # B dicts, see conditioning.py
+    tracks: list  # B dicts, as in the shard's .jsonl
+
+
+def load_meta(folder):
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: not a prepared data set; make one with: python data.py prepare MUSIC --out {folder}"
+        )
+    meta = json.loads(path.read_text())
+    if meta.get("format") != DATA_FORMAT:
+        raise UserError(f"{path}: format {meta.get('format')}, and this code reads {DATA_FORMAT}; prepare it again")
+    return meta
+
+
+class Tokens:
+    """One side, 'train' or 'valid', of a prepared data set."""
+
+    def __init__(self, folder, split):
+        self.folder, self.meta = Path(folder), load_meta(folder)
+        self.K, self.card = self.meta["codec"]["K"], self.meta["codec"]["card"]
+        self.tracks, self.shards = [], []
+        for path in sorted(self.folder.glob(f"{split}_*.jsonl")):
+            try:
+                self.shards.append(np.load(path.with_suffix(".npy"), mmap_mode="r"))
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"{path.with_suffix('.npy')}: cannot be read ({error}); prepare the data again"
+                ) from None
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self.tracks.append({**json.loads(line), "shard": len(self.shards) - 1})
+        frames = sum(track["frames"] for track in self.tracks)
+        if frames != self.meta[split]["frames"] or any(shard.shape[1:] != (self.K,) for shard in self.shards):
+            raise UserError(f"{folder}: the {split} shards do not agree with meta.json; prepare the data again")
+        self.ends = np.cumsum([track["frames"] for track in self.tracks])
+
+    def codes(self, track, start=0, frames=None):
+        """Codes uint16 [frames, K] of one track; raises UserError for a token that the codec does not have."""
+        frames = min(frames or track["frames"], track["frames"] - start)
+        first = track["first"] + start
+        codes = self.shards[track["shard"]][first : first + frames]
+        if codes.max() >= self.card:
+            raise UserError(
+                f"{self.folder}: {track['name']} holds token {codes.max()}, and {self.meta['codec']['name']} ends at"
+                f" {self.card - 1}; see: python data.py check {self.folder}"
+            )
+        return codes
+
+    def collate(self, items, T, conditions):
+        """items: (track, first frame) -> a Batch of T frames, shorter tracks padded."""
+        codes = torch.zeros(len(items), self.K, T, dtype=torch.int64)
+        valid = torch.zeros(len(items), T, dtype=torch.bool)
+        for row, (track, start) in enumerate(items):
+            found = torch.from_numpy(self.codes(track, start, T).T.astype(np.int64))
+            codes[row, :, : found.shape[1]] = found
+            valid[row, : found.shape[1]] = True
+        return Batch(codes, valid, conditions, [track for track, _ in items])
+
+    def batch(self, step, settings, T):
+        """The batch of a step: a pure function of (seed, step). Every second of music is equally likely."""
+        rng = np.random.default_rng([settings.seed, step])
+        items, conditions = [], []
+        for row, frame in enumerate(rng.integers(self.ends[-1], size=settings.batch_size)):
+            track = self.tracks[np.searchsorted(self.ends, frame, side="right")]
+            draw = np.random.default_rng([settings.seed, step, row])
+            items.append((track, int(draw.integers(max(0, track["frames"] - T) + 1))))
+            conditions.append(draw_conditions(track["caption"], track["metadata"], draw, settings))
+        return self.collate(items, T, conditions)
+
+    def segments(self, T, most=0):
+        """Every track in consecutive pieces of T frames, as (track, first frame); `most` of them, evenly spread."""
+        pieces = [(track, start) for track in self.tracks for start in range(0, track["frames"], T)]
+        if most and most < len(pieces):
+            pieces = [pieces[i] for i in np.linspace(0, len(pieces) - 1, most).round().astype(int)]
+        return pieces
+
+    def batches(self, T, batch_size, most=0):
+        """`segments` in batches, each with its caption and nothing dropped."""
+        pieces = self.segments(T, most)
+        for first in range(0, len(pieces), batch_size):
+            chosen = pieces[first : first + batch_size]
+            yield self.collate(chosen, T, [{"text": track["caption"]} for track, _ in chosen])
+
+    def histogram(self):
+        """How often each code occurs, int64 [K, card]."""
+        counts = np.zeros((self.K, self.card), dtype=np.int64)
+        for track in self.tracks:
+            for k, column in enumerate(self.codes(track).T):
+                counts[k] += np.bincount(column, minlength=self.card)
+        return counts
+
+
+def unigram_ce(train, valid):
+    """Cross-entropy in nats, float [K], of the best model that knows only how often each code occurs."""
+    p = train.histogram() + 1.0
+    log_p = np.log(p / p.sum(1, keepdims=True))
+    counts = valid.histogram()
+    return -(counts * log_p).sum(1) / counts.sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------- check
+
+
+def check(folder):
+    """Prints what is in a data set; returns the number of problems found."""
+    meta, problems, seen = load_meta(folder), [], {}
+    rate, codec = meta["codec"]["frame_rate"], load_codec(meta["codec"]["name"])
+    quiet = codec.encode(torch.zeros(1, codec.channels, codec.sample_rate))[0, :, codec.frame_rate // 2].cpu().numpy()
+    print(f"{folder}: {meta['codec']['id']}, card {meta['codec']['card']}, {rate} frames/s")
+    for split in ("train", "valid"):
+        side = Tokens(folder, split)
+        seconds = np.array([track["frames"] for track in side.tracks]) / rate
+        uncaptioned = sum(not track["caption"] for track in side.tracks)
+        silent = total = 0
+        for track in side.tracks:
+            codes = side.shards[track["shard"]][track["first"] : track["first"] + track["frames"]]
+            total += len(codes)
+            silent += int((codes == quiet).all(1).sum())
+            if codes.max() >= side.card:
+                bad = int((codes >= side.card).any(1).argmax())
+                problems.append(f"{track['name']}: token {codes[bad].max()} at frame {bad} is out of range")
+            twin = seen.setdefault(hashlib.sha1(codes.tobytes()).digest(), (split, track["name"]))
+            if twin[0] != split:
+                problems.append(f"{track['name']} in {split} is the same music as {twin[1]} in {twin[0]}")
+        print(
+            f"{split}: {len(seconds)} tracks, {seconds.sum() / 60:.1f} minutes; seconds a track: {seconds.min():.1f} to"
+            f" {seconds.max():.1f}, median {np.median(seconds):.1f}; {uncaptioned} without caption;"
+            f" {100 * silent / total:.1f}% silent frames"
+        )
+    skipped = (Path(folder) / "skipped.jsonl").read_text().splitlines()
+    print(f"skipped: {len(skipped)}")
+    for problem in problems[:20]:
+        print(f"problem: {problem}")
+    print(f"{len(problems)} problems" if problems else "no problems")
+    return len(problems)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("prepare", help="encode a folder or a manifest into token shards",
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    command.add_argument("music", help="a folder of audio, or a JSONL manifest")
+    command.add_argument("--out", required=True, help="the data set's new folder")
+    command.add_argument("--codec", default="tiny", help="tiny, or encodec_24khz[:1.5|3|6|12]")
+    command.add_argument("--codec_weights", default="", help="file or folder with the codec's weights")
+    command.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
+    command.add_argument("--valid_fraction", type=float, default=0.05, help="share of the tracks held out")
+    command.add_argument("--min_seconds", type=float, default=1.0, help="shorter tracks are skipped")
+    command.add_argument("--no-captions", action="store_true", help="accept music of which no track has a caption")
+    command = commands.add_parser("check", help="report durations, captions, silence, duplicates, bad tokens")
+    command.add_argument("data", help="a prepared data set")
+    args = parser.parse_args()
+    if "data" in args:
+        sys.exit(1 if check(args.data) else 0)
+    prepare(args.music, args.out, args.codec, args.codec_weights, args.workers, args.valid_fraction,
+            args.min_seconds, captions=not args.no_captions)  # fmt: skip
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,277 @@
+"""MusicLM: MusicGen's decoder (arXiv:2306.05284), its loss, and how it generates.
+
+    forward    codes, conditions -> summed cross-entropy per codebook, in pattern order
+    generate   conditions, maybe a prompt -> codes, with a KV cache and classifier-free guidance
+
+Letters: B batch, K codebooks, T frames, S sequence steps, D model width, H heads, L condition length.
+codes int64 [B, K, T] in [0, card); sequence [B, K, S] in [0, card], where `card` is the special token.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conditioning import Conditioner
+from config import Settings, UserError
+from patterns import make_pattern
+
+CHECKPOINT_FORMAT = 1
+
+
+def sinusoids(start, S, dim, device):
+    """Sinusoidal positions [S, dim], cosines first as in MusicGen. Always float32: bfloat16 errs by more than 1."""
+    position = torch.arange(start, start + S, device=device, dtype=torch.float32)[:, None]
+    rate = torch.exp(torch.arange(dim // 2, device=device) * (-math.log(10_000) / (dim // 2 - 1)))
+    return torch.cat([torch.cos(position * rate), torch.sin(position * rate)], dim=1)
+
+
+class KVCache:
+    """Keys and values of every layer, at a fixed size [B, H, steps, D / H], filled from the left."""
+
+    def __init__(self, steps):
+        self.steps, self.length, self.layers, self.cross = steps, 0, {}, {}
+
+    def extend(self, layer, k, v):
+        """Appends k and v [B, H, S, D / H]; returns all keys and values so far."""
+        if layer not in self.layers:
+            size = (*k.shape[:2], self.steps, k.shape[3])
+            self.layers[layer] = k.new_zeros(size), v.new_zeros(size)
+        end = self.length + k.shape[2]
+        for store, new in zip(self.layers[layer], (k, v)):
+            store[:, :, self.length : end] = new
+        return tuple(store[:, :, :end] for store in self.layers[layer])
+
+
+class Block(nn.Module):
+    """Pre-norm: causal self-attention, cross-attention to the conditions, GELU feed-forward of 4 D."""
+
+    def __init__(self, D, heads, layer):
+        super().__init__()
+        self.layer, self.heads = layer, heads
+        self.norm1 = nn.LayerNorm(D)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.attn_out = nn.Linear(D, D, bias=False)
+        self.norm2 = nn.LayerNorm(D)
+        self.cross_q = nn.Linear(D, D, bias=False)
+        self.cross_kv = nn.Linear(D, 2 * D, bias=False)
+        self.cross_out = nn.Linear(D, D, bias=False)
+        self.norm3 = nn.LayerNorm(D)
+        self.up = nn.Linear(D, 4 * D, bias=False)
+        self.down = nn.Linear(4 * D, D, bias=False)
+
+    def split(self, x, parts):
+        """[B, S, parts * D] -> `parts` tensors [B, H, S, D / H]."""
+        B, S, _ = x.shape
+        return x.view(B, S, parts, self.heads, -1).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, states, mask, cache=None):
+        """x [B, S, D], states [B, L, D], mask bool [B, 1, 1, L] -> [B, S, D]."""
+        q, k, v = self.split(self.qkv(self.norm1(x)), 3)
+        causal = q.shape[2] > 1  # a single new step sees all of the cache
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = x + self.attn_out(y.transpose(1, 2).flatten(2))
+
+        (q,) = self.split(self.cross_q(self.norm2(x)), 1)
+        if cache is None:
+            k, v = self.split(self.cross_kv(states), 2)
+        else:  # once per prompt
+            if self.layer not in cache.cross:
+                cache.cross[self.layer] = self.split(self.cross_kv(states), 2).contiguous()
+            k, v = cache.cross[self.layer]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.cross_out(y.transpose(1, 2).flatten(2))
+
+        return x + self.down(F.gelu(self.up(self.norm3(x))))
+
+
+class MusicLM(nn.Module):
+    """settings: see config/__init__.py; codec: a dict with K, card and frame_rate; tokenizer: SentencePiece bytes."""
+
+    def __init__(self, settings, codec, tokenizer):
+        super().__init__()
+        self.K, self.card = codec["K"], codec["card"]
+        self.special = self.card
+        self.pattern_name, self.delays = settings.pattern, settings.delays or None
+        self.trained_frames = round(settings.segment * codec["frame_rate"])
+        D = settings.dim
+        self.conditioner = Conditioner(settings, tokenizer)
+        self.embed = nn.Embedding(self.K * (self.card + 1), D)  # the K tables, one after another
+        self.blocks = nn.ModuleList(Block(D, settings.heads, layer) for layer in range(settings.layers))
+        self.norm = nn.LayerNorm(D)
+        self.heads = nn.Linear(D, self.K * self.card, bias=False)  # the K heads, one after another
+        self.init_weights()
+
+    def init_weights(self):
+        """Truncated normal, sigma = 1/sqrt(fan_in), in layer l (from 0) scaled by 1/sqrt(2(l+1))."""
+
+        def init(weight, scale=1.0):
+            std = scale / math.sqrt(weight.shape[1])
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+        init(self.embed.weight)
+        init(self.heads.weight, 0.1)  # so that the first predictions are all but uniform, ce = ln(card)
+        for block in self.blocks:
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    init(module.weight, 1 / math.sqrt(2 * (block.layer + 1)))
+
+    def pattern(self, T, training=False):
+        return make_pattern(self.pattern_name, self.K, T, self.delays, training).to(self.embed.weight.device)
+
+    def hidden(self, sequence, states, mask, cache=None):
+        """sequence [B, K, S], after the steps in the cache if there is one -> what the heads read, [B, S, D]."""
+        B, K, S = sequence.shape
+        start = 0 if cache is None else cache.length
+        table = torch.arange(K, device=sequence.device)[:, None] * (self.card + 1)
+        x = self.embed(sequence + table).sum(1) + sinusoids(start, S, self.embed.embedding_dim, sequence.device)
+        mask = mask[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, states, mask, cache)
+        if cache is not None:
+            cache.length += S
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """[B, S, D] -> [B, S, K, card]."""
+        return self.heads(hidden).unflatten(-1, (self.K, self.card))
+
+    def loss_mask(self, valid):
+        """valid bool [B, T] -> bool [B, K, S - 1]: the targets that are codes of unpadded frames."""
+        frames = valid[:, None].expand(-1, self.K, -1).long()
+        return self.pattern(valid.shape[1], training=True).build(frames, special=0)[:, :, 1:].bool()
+
+    def forward(self, codes, valid, inputs):
+        """The training objective, as sums so that batches of any make-up can be added.
+
+        codes [B, K, T]; valid bool [B, T], False on padding; inputs from `conditioner.prepare`.
+        Returns (ce_sum, count), float32 [K] each: cross-entropy in nats over the positions that count, and their
+        number. The loss is (ce_sum / count).mean().
+        """
+        sequence = self.pattern(codes.shape[-1], training=True).build(codes, self.special)
+        mask = self.loss_mask(valid)
+        target = sequence[:, :, 1:].masked_fill(~mask, -100).transpose(1, 2)
+        logits = self.logits(self.hidden(sequence[:, :, :-1], *self.conditioner(inputs)))
+        ce = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), ignore_index=-100, reduction="none")
+        return ce.view(-1, self.K).sum(0), mask.sum((0, 2)).float()
+
+    def aligned_logits(self, codes, inputs):
+        """Logits in the order of the codes, [B, K, T, card]; NaN where training's cut leaves none. For people."""
+        pattern = self.pattern(codes.shape[-1], training=True)
+        hidden = self.hidden(pattern.build(codes, self.special), *self.conditioner(inputs))
+        return pattern.align_logits(self.logits(hidden).transpose(1, 2))
+
+    @torch.no_grad()
+    def generate(self, conditions, frames, prompt=None, cfg=3.0, temperature=1.0, top_k=250, top_p=0.0,
+                 seeds=None, stride=None, progress=None):  # fmt: skip
+        """B dicts of conditions -> codes int64 [B, K, frames].
+
+        prompt   codes [B, K, T] to go on from; they come first in the result, unchanged
+        cfg      guidance: null + cfg * (conditioned - null); 1 costs half as much
+        choice   temperature 0 takes the likeliest; else top_p if set, else top_k if set, else the whole distribution
+        seeds    B integers; a sample depends on its own seed and condition alone, not on its neighbours
+        stride   past the trained length, how many new frames each window of that length adds; half of it by default
+        progress called with the number of frames done
+        """
+        B, device = len(conditions), self.embed.weight.device
+        guided = cfg != 1 and any(value for sample in conditions for value in sample.values())
+        inputs = self.conditioner.prepare(conditions + [{}] * B if guided else conditions, device)
+        states, mask = self.conditioner(inputs)
+        rngs = [torch.Generator().manual_seed(seed) for seed in (seeds or range(B))]
+        window = self.trained_frames
+        stride = stride or max(1, window // 2)
+        codes = torch.zeros(B, self.K, 0, dtype=torch.int64) if prompt is None else prompt
+        codes = codes.to(device)
+        choose = dict(temperature=temperature, top_k=min(top_k, self.card), top_p=top_p)
+        while (have := codes.shape[-1]) < frames:
+            context = codes if have < window else codes[:, :, stride - window :]
+            length = min(window, context.shape[-1] + frames - have)
+            report = (lambda done, base=have - context.shape[-1]: progress(base + done)) if progress else None
+            longer = self.continue_codes(context, length, states, mask, cfg if guided else 1, choose, rngs, report)
+            codes = torch.cat([codes, longer[:, :, context.shape[-1] :]], dim=2)
+        return codes[:, :, :frames]
+
+    def continue_codes(self, context, length, states, mask, cfg, choose, rngs, progress=None):
+        """context [B, K, T] -> [B, K, length]; states and mask hold 2 B rows, the last B null, where cfg is not 1."""
+        B, K, T = context.shape
+        pattern = self.pattern(length)
+        unknown = -1
+        sequence = pattern.build(F.pad(context, (0, length - T), value=unknown), self.special)
+        first = int((sequence == unknown).any(1).any(0).nonzero()[0])
+        uniform = torch.stack([torch.rand(pattern.S - first, K, generator=rng) for rng in rngs], dim=1)
+        uniform = uniform.to(sequence.device)
+        cache, done = KVCache(pattern.S), 0
+        for step in range(first, pattern.S):
+            fresh = sequence[:, :, done:step]
+            rows = fresh if len(states) == B else torch.cat([fresh, fresh])
+            logits = self.logits(self.hidden(rows, states, mask, cache)[:, -1:])[:, 0].float()
+            if cfg != 1:
+                conditioned, null = logits.chunk(2)
+                logits = null + cfg * (conditioned - null)
+            slot = sequence[:, :, step]
+            chosen = choose_codes(logits, uniform[step - first], **choose)
+            sequence[:, :, step] = torch.where(slot == unknown, chosen, slot)
+            done = step
+            if progress:
+                progress(min(length, step * length // (pattern.S - 1)))
+        return pattern.revert(sequence, self.special)
+
+
+def choose_codes(logits, uniform, temperature, top_k, top_p):
+    """logits [B, K, card], uniform [B, K] in [0, 1) -> codes [B, K], by inverting the cumulative distribution.
+
+    One uniform number a code, drawn ahead from the sample's own generator, keeps a take the same in any batch.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits / temperature, dim=-1)
+    probs, codes = probs.topk(top_k if top_k and not top_p else probs.shape[-1], dim=-1)
+    if top_p:
+        probs = probs * (probs.cumsum(-1) - probs < top_p)
+    cumulative = probs.cumsum(-1)
+    rank = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1, keepdim=True)
+    last = (probs > 0).sum(-1, keepdim=True) - 1
+    return codes.gather(-1, torch.minimum(rank, last))[..., 0]
+
+
+def save_checkpoint(path, kind, **state):
+    """Writes to a temporary name, syncs, renames: whatever happens, `path` holds a whole checkpoint or the old one."""
+    temporary = Path(path).with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_checkpoint(path, kind):
+    """The dict that `save_checkpoint` wrote; raises UserError for a file that is missing, broken or not ours."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; train one with: python train.py config/demo.py")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: truncated, or not a checkpoint ({str(error).splitlines()[0][:100]})") from None
+    if not isinstance(saved, dict) or "nanomusicgen" not in saved:
+        raise UserError(f"{path}: not a checkpoint of nanoMusicGen")
+    if saved["nanomusicgen"] > CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{path}: format {saved['nanomusicgen']}, newer than this code's {CHECKPOINT_FORMAT}; update the code"
+        )
+    if saved["kind"] != kind:
+        raise UserError(f"{path}: is a '{saved['kind']}' checkpoint, and '{kind}' is needed; try {kind}.pt beside it")
+    return saved
+
+
+def load_model(path, device="cpu"):
+    """best.pt -> (MusicLM in eval mode, its Settings, the codec's description)."""
+    saved = read_checkpoint(path, "best")
+    settings = Settings(**saved["settings"])
+    model = MusicLM(settings, saved["codec"], saved["tokenizer"])
+    model.load_state_dict(saved["model"])
+    return model.eval().requires_grad_(False).to(device), settings, saved["codec"]
