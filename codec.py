@@ -14,11 +14,15 @@ Letters: B batch, K codebooks, T frames, D latent width, F frequency bins.
 import hashlib
 import importlib.machinery
 import math
+import re
 import sys
 import types
 import urllib.error
 from pathlib import Path
 
+import numpy as np
+import soundfile
+import soxr
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,6 +42,36 @@ from config import UserError  # noqa: E402
 
 TINY_WEIGHTS = Path(__file__).parent / "tiny" / "codec.pt"
 CODEC_FORMAT = 1
+SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
+
+
+def load_audio(path, sample_rate, channels=1):
+    """An audio file as float32 [channels, samples] at `sample_rate`; raises UserError if it cannot be read."""
+    try:
+        wav, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as audio ({str(error).split(': ')[-1].strip()})") from None
+    if not len(wav):
+        raise UserError(f"{path}: holds no samples")
+    if not np.isfinite(wav).all():
+        raise UserError(f"{path}: holds samples that are not numbers")
+    if channels == 1:
+        wav = wav.mean(1, keepdims=True)
+    elif wav.shape[1] != channels:
+        wav = wav[:, :1].repeat(channels, 1)
+    return torch.from_numpy(np.ascontiguousarray(soxr.resample(wav, rate, sample_rate).T, dtype=np.float32))
+
+
+def write_wav(folder, caption, seed, wav, sample_rate):
+    """wav [channels, samples] -> folder/CAPTION_SEED.wav; returns the path."""
+    slug = re.sub(r"\W+", "_", caption.lower())[:60].strip("_") or "no_caption"
+    path = Path(folder, f"{slug}_{seed}.wav")
+    soundfile.write(path, wav.clamp(-1, 1).T.cpu().numpy(), sample_rate)
+    return path
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
 class ConvNeXtBlock(nn.Module):
@@ -212,13 +246,12 @@ def load_tiny(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such codec file; train one with train_codec.py") from None
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as a tiny codec ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as a tiny codec ({first_line(error)})") from None
     return model
 
 
 def save_tiny(model, path, **about):
-    """Half precision is enough for the weights. The codebooks' running averages, which only training needs, are
-    left at what the codebooks imply."""
+    """In half precision, and without the codebooks' running averages, which only training needs: zeros stand there."""
     state = {key: value.half() for key, value in model.state_dict().items()}
     for key in state:
         if key.endswith(("embed_avg", "cluster_size")):
@@ -245,7 +278,7 @@ def load_encodec_24khz(weights):
             f" and pass --codec_weights=FILE, or use --codec=tiny"
         ) from None
     except Exception as error:
-        raise UserError(f"{weights}: not the weights of encodec_24khz ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{weights}: not the weights of encodec_24khz ({first_line(error)})") from None
     return model
 
 

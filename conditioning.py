@@ -5,7 +5,7 @@ training and leaving it out at inference are therefore the same thing, and the n
 attribute. It starts at zero: attention to it gives zero, as in MusicGen's unconditional path.
 
 To add an attribute: an embedder with `prepare` and `forward` like TextEmbedder's, a line in Conditioner, its draw in
-`draw_conditions`.
+`draw_conditions`, and its value wherever a caller gives {"text": ...}.
 
 Letters: B batch, L condition length in tokens, D model width.
 """
@@ -13,8 +13,6 @@ Letters: B batch, L condition length in tokens, D model width.
 import sentencepiece
 import torch
 from torch import nn
-
-ATTRIBUTES = ("text",)
 
 
 def merge_text(caption, metadata, rng):
@@ -66,7 +64,7 @@ class TextEmbedder(nn.Module):
         None and the empty string have no token that counts, which makes them null. Longer texts are cut off.
         """
         tokens = [self.tokenizer.encode(text or "")[: self.max_tokens] for text in texts]
-        L = max(1, *map(len, tokens))
+        L = max([1, *map(len, tokens)])
         ids = torch.zeros(len(tokens), L, dtype=torch.int64)
         mask = torch.zeros(len(tokens), L, dtype=torch.bool)
         for row, sample in enumerate(tokens):

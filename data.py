@@ -3,10 +3,10 @@
     python data.py prepare MUSIC --out data/NAME     # a folder with captions in .txt or .json, or a JSONL manifest
     python data.py check data/NAME                   # what is in it, and what is wrong with it
 
-data/NAME/  meta.json        codec, counts, split
+data/NAME/  meta.json        codec, counts, and what it was prepared from
             train_000.npy    uint16 [frames, K], read by memory map; a further shard every SHARD_FRAMES
             train_000.jsonl  per track: path, first frame in the shard, frames, caption, metadata
-            valid_000.*      held out by a hash of the path, so that a track never changes sides
+            valid_000.*      held out by a hash of the path: adding tracks moves none to the other side
             tokenizer.model  SentencePiece, trained on the captions;  skipped.jsonl: what was left out, and why
 
 Letters: B batch, K codebooks, T frames.
@@ -18,6 +18,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import zlib
@@ -26,34 +27,16 @@ from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
-import soundfile
-import soxr
 import torch
 from tqdm import tqdm
 
 import config
-from codec import encode_long, load_codec
+from codec import SUFFIXES, encode_long, load_audio, load_codec
 from conditioning import draw_conditions
 from config import UserError
 
-SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
 SHARD_FRAMES = 100_000_000
 DATA_FORMAT = 1
-
-
-def load_audio(path, sample_rate, channels=1):
-    """An audio file as float32 [channels, samples] at `sample_rate`; raises UserError if it cannot be read."""
-    try:
-        wav, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as audio ({str(error).split(': ')[-1].strip()})") from None
-    if not np.isfinite(wav).all():
-        raise UserError(f"{path}: holds samples that are not numbers")
-    if channels == 1:
-        wav = wav.mean(1, keepdims=True)
-    elif wav.shape[1] != channels:
-        wav = wav[:, :1].repeat(channels, 1)
-    return torch.from_numpy(np.ascontiguousarray(soxr.resample(wav, rate, sample_rate).T, dtype=np.float32))
 
 
 # ---------------------------------------------------------------------------------------------------- prepare
@@ -61,7 +44,11 @@ def load_audio(path, sample_rate, channels=1):
 
 def tracks_of_manifest(manifest):
     """JSONL lines {"path", "caption", ...}; paths are relative to the manifest, other keys are metadata."""
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = manifest.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{manifest}: neither a folder of audio nor a JSONL manifest; give the folder") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{manifest}, line {number}"
@@ -71,6 +58,8 @@ def tracks_of_manifest(manifest):
             raise UserError(f"{where}: not JSON ({error.msg}); one object per line is needed") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise UserError(f'{where}: has no "path"; needed is {{"path": "a.wav", "caption": "..."}}')
+        if not isinstance(entry.get("attributes", {}), dict):
+            raise UserError(f'{where}: "attributes" must be an object, {{"genre": "jazz"}}')
         path = manifest.parent / entry.pop("path")
         if not path.is_file():
             raise UserError(f"{where}: {path}: no such file")
@@ -86,15 +75,18 @@ def tracks_of_folder(folder):
                     entry = json.loads(sidecar.read_text(encoding="utf-8"))
                 except (json.JSONDecodeError, UnicodeDecodeError) as error:
                     raise UserError(f"{sidecar}: not JSON ({error})") from None
-                if not isinstance(entry, dict):
-                    raise UserError(f'{sidecar}: must hold an object, {{"caption": "...", ...}}')
+                if not isinstance(entry, dict) or not isinstance(entry.get("attributes", {}), dict):
+                    raise UserError(f'{sidecar}: must hold an object, {{"caption": "...", "genre": "jazz"}}')
             if text.is_file():
                 entry["caption"] = text.read_text(encoding="utf-8", errors="replace")
             yield path, entry
 
 
 def find_tracks(music, captions_needed):
-    """-> a list of {"path", "name", "caption", "metadata"}; the name is the path relative to the music."""
+    """-> a list of {"path", "name", "caption", "metadata"}; the name is the path relative to the music.
+
+    The metadata are the entry's other keys, those of an inner "attributes" among them.
+    """
     music = Path(music)
     if not music.exists():
         raise UserError(f"{music}: no such folder or manifest")
@@ -102,10 +94,13 @@ def find_tracks(music, captions_needed):
     tracks = []
     for path, entry in tracks_of_folder(music) if music.is_dir() else tracks_of_manifest(music):
         caption = " ".join(str(entry.pop("caption", "") or "").split())
-        attributes = entry.pop("attributes", None) or {}
-        metadata = {**entry, **attributes}
+        metadata = {**entry, **entry.pop("attributes", {})}
+        metadata.pop("attributes", None)
         name = os.path.relpath(path, root)
         tracks.append(dict(path=str(path), name=name, caption=caption, metadata=metadata))
+    names = [track["name"] for track in tracks]
+    if twice := next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None:
+        raise UserError(f"{music}: names {twice} more than once; each track is needed once")
     if not tracks:
         raise UserError(f"{music}: holds no audio ({', '.join(sorted(SUFFIXES))})")
     if captions_needed and not any(track["caption"] for track in tracks):
@@ -182,16 +177,22 @@ def write_split(folder, split, tracks, tokens):
 
 def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fraction=0.05, min_seconds=1.0,
             captions=True, vocab_size=1000):  # fmt: skip
-    """Encodes every track once. All is written beside `out` and renamed at the end; stopping loses at most a track."""
+    """Encodes every track once. All is written beside `out` and renamed at the end; what is done survives a stop."""
     out = Path(out)
+    if workers < 0 or not 0 <= valid_fraction <= 1:
+        raise UserError("--workers must be 0 or above, and --valid_fraction between 0 and 1")
     codec = load_codec(codec_name, codec_weights)
     tracks = find_tracks(music, captions)
-    digest = hashlib.sha256(json.dumps([[t["name"], t["caption"], t["metadata"]] for t in tracks]).encode())
-    request = dict(music=str(music), tracks=digest.hexdigest(), codec=codec.id, min_seconds=min_seconds)
+    contents = [[t["name"], t["caption"], t["metadata"], os.path.getsize(t["path"])] for t in tracks]
+    digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+    request = dict(music=str(Path(music).resolve()), tracks=digest, codec=codec.id, min_seconds=min_seconds,
+                   valid_fraction=valid_fraction)  # fmt: skip
     if (out / "meta.json").exists():
         if json.loads((out / "meta.json").read_text())["request"] == request:
             return print(f"{out} is prepared already")
         raise UserError(f"{out}: holds other data; remove it or choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already and is no data set; choose another --out")
     work = out.with_name(out.name + ".partial")
     if (work / "request.json").exists() and json.loads((work / "request.json").read_text()) != request:
         raise UserError(f"{work}: was begun with other tracks or another codec; remove it to start again")
@@ -206,6 +207,8 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     with open(journal, "r+") as lines, open(work / "tokens.bin", "ab") as tokens:
         lines.truncate(sum(len(json.dumps(entry)) + 1 for entry in done))
         lines.seek(0, os.SEEK_END)
+        if tokens.tell() < frames * codec.K * 2:
+            raise UserError(f"{work}: its tokens.bin is cut off; remove the folder to start again")
         tokens.truncate(frames * codec.K * 2)
         workers = min(workers or os.cpu_count(), max(1, len(tracks) - len(done)))
         pool = multiprocessing.get_context("spawn").Pool(workers, start_worker, (codec_name, codec_weights))
@@ -232,6 +235,7 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
             kept.append(dict(**track, first=first, frames=entry["frames"]))
             first += entry["frames"]
     if len(kept) < 2:
+        shutil.rmtree(work)
         why = f"; the first was left out: {skipped[0]['path']}: {skipped[0]['reason']}" if skipped else ""
         raise UserError(f"{music}: {len(kept)} usable tracks; at least 2 are needed, one to hold out{why}")
     held_out = split_tracks(kept, valid_fraction)
@@ -247,9 +251,9 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     counts = {split: dict(tracks=len(side), frames=sum(t["frames"] for t in side)) for split, side in sides.items()}
     about = dict(name=codec_name, id=codec.id, K=codec.K, card=codec.card, frame_rate=codec.frame_rate)
     write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=about, **counts, request=request))
-    for name in ("tokens.bin", "journal.jsonl", "request.json"):
-        (work / name).unlink()
     work.rename(out)
+    for name in ("tokens.bin", "journal.jsonl", "request.json"):
+        (out / name).unlink()
     for split, count in counts.items():
         print(f"{split}: {count['tracks']} tracks, {count['frames'] / codec.frame_rate / 60:.1f} minutes")
     if skipped:
@@ -323,12 +327,12 @@ class Tokens:
         return Batch(codes, valid, conditions, [track for track, _ in items])
 
     def batch(self, step, settings, T):
-        """The batch of a step: a pure function of (seed, step). Every second of music is equally likely."""
+        """The batch of a step: a pure function of (seed, step). Tracks come up in proportion to their length."""
         rng = np.random.default_rng([settings.seed, step])
         items, conditions = [], []
         for row, frame in enumerate(rng.integers(self.ends[-1], size=settings.batch_size)):
             track = self.tracks[np.searchsorted(self.ends, frame, side="right")]
-            draw = np.random.default_rng([settings.seed, step, row])
+            draw = np.random.default_rng([settings.seed, step, row + 1])  # row 0 would repeat the batch's own numbers
             items.append((track, int(draw.integers(max(0, track["frames"] - T) + 1))))
             conditions.append(draw_conditions(track["caption"], track["metadata"], draw, settings))
         return self.collate(items, T, conditions)
@@ -367,10 +371,10 @@ def unigram_ce(train, valid):
 # ---------------------------------------------------------------------------------------------------- check
 
 
-def check(folder):
+def check(folder, codec_weights=""):
     """Prints what is in a data set; returns the number of problems found."""
     meta, problems, seen = load_meta(folder), [], {}
-    rate, codec = meta["codec"]["frame_rate"], load_codec(meta["codec"]["name"])
+    rate, codec = meta["codec"]["frame_rate"], load_codec(meta["codec"]["name"], codec_weights)
     quiet = codec.encode(torch.zeros(1, codec.channels, codec.sample_rate))[0, :, codec.frame_rate // 2].cpu().numpy()
     print(f"{folder}: {meta['codec']['id']}, card {meta['codec']['card']}, {rate} frames/s")
     for split in ("train", "valid"):
@@ -416,9 +420,10 @@ def main():
     command.add_argument("--no-captions", action="store_true", help="accept music of which no track has a caption")
     command = commands.add_parser("check", help="report durations, captions, silence, duplicates, bad tokens")
     command.add_argument("data", help="a prepared data set")
+    command.add_argument("--codec_weights", default="", help="file or folder with the codec's weights")
     args = parser.parse_args()
     if "data" in args:
-        sys.exit(1 if check(args.data) else 0)
+        sys.exit(1 if check(args.data, args.codec_weights) else 0)
     prepare(args.music, args.out, args.codec, args.codec_weights, args.workers, args.valid_fraction,
             args.min_seconds, captions=not args.no_captions)  # fmt: skip
 

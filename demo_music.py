@@ -17,6 +17,9 @@ import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
+import config
+from config import UserError
+
 SAMPLE_RATE = 16000
 VERSION = 1  # of the sound and the captions: what another version wrote is made anew
 ATTRIBUTES = {
@@ -30,8 +33,8 @@ ATTRIBUTES = {
 # A beat is a whole, even number of the codec's 20 ms frames (68, 100 or 150 bpm): every onset falls on its frame grid,
 # so a rhythm is the same frames over and over, which is what lets a small model learn it in minutes.
 FRAME = SAMPLE_RATE // 50
-# Frames in a beat, beats in a clip (6.4 to 9.6 s in all) and half bars on a chord, for slow clips have few bars:
-TEMPI = {"slow": (44, (8, 10), 1), "medium": (30, (12, 16), 2), "fast": (20, (16, 24), 2)}
+# Frames in a beat, beats in a clip (6.4 to 8 s in all) and half bars on a chord, for slow clips have few bars:
+TEMPI = {"slow": (44, (8,), 1), "medium": (30, (12,), 2), "fast": (20, (16, 20), 2)}
 TONICS = {"C": 60, "D": 62, "E": 64, "F": 65, "G": 67, "A": 69}
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 PROGRESSIONS = [(0, 4, 5, 3), (0, 3, 4, 0), (0, 5, 3, 4), (0, 3, 0, 4), (0, 4, 3, 4)]  # degrees of the scale, from 0
@@ -77,12 +80,12 @@ TEMPLATES = [
 K = np.arange(1, 25)
 BAR = np.array([1, 1.004, 2.756, 2.767, 5.404, 8.933])  # modes of a struck metal bar; the close pairs shimmer
 VOICES = {  # the keywords of play
-    "piano": dict(ratios=K * np.sqrt(1 + 4e-4 * K**2), gains=K**-1.4, decays=1.2 + 0.7 * K, gate=1, release=0.12),
-    "guitar": dict(ratios=K, gains=np.sin(0.13 * np.pi * K) / K**0.8, decays=4 + 0.9 * K, gate=0.9),  # plucked at 13 %
+    "piano": dict(ratios=K * np.sqrt(1 + 4e-4 * K**2), gains=K**-1.4, decays=1.2 + 0.7 * K),
+    "guitar": dict(ratios=K, gains=np.sin(0.13 * np.pi * K) / K**0.8, decays=4 + 0.9 * K),  # plucked at 13 %
     "organ": dict(ratios=[0.5, 1, 1.5, 2, 3, 4, 6, 8], gains=[5, 10, 4, 8, 5, 5, 3, 3], vibrato=0.003),
     "flute": dict(ratios=K[:3], gains=[1, 0.12, 0.04], breath=0.03, vibrato=0.006, attack=0.05),
     "strings": dict(ratios=np.outer([0.996, 1, 1.005], K), gains=np.tile(K**-1.2, 3), vibrato=0.004, attack=0.05),
-    "bells": dict(ratios=2 * BAR, gains=[6, 4, 4, 3, 3, 2], decays=1.5 + BAR, gate=1, release=0.8),
+    "bells": dict(ratios=2 * BAR, gains=[6, 4, 4, 3, 3, 2], decays=1.5 + BAR),
     "bass": dict(ratios=K[:4], gains=[1, 0.5, 0.2, 0.06], decays=2 + K[:4], attack=0.01),
 }
 SECONDS = np.arange(SAMPLE_RATE // 4) / SAMPLE_RATE
@@ -109,20 +112,21 @@ def draw_attributes(rng):
     return {"caption": caption, **drawn, "key": f"{tonic} {drawn['mode']}", "bpm": bpm}
 
 
-def play(hertz, samples, ratios, gains, decays=0, vibrato=0, breath=0, gate=0.7, attack=0.003, release=0.06):
-    """A note as a sum of sines -> float32 wave [gate * samples + release]
+def play(hertz, samples, ratios, gains, decays=0, vibrato=0, breath=0, attack=0.003):
+    """A note as a sum of sines -> float32 wave [samples]
 
     One of ratios (to hertz), gains and decays (1/s) per sine; vibrato as a fraction of the pitch; breath, the level of
-    noise; gate, the part of samples before the release, which leaves a gap; attack and release in seconds.
+    noise; attack in seconds. Every note fades over its whole length, so that its level tells when the next one is due:
+    the language model reads the pulse from the last few frames, where else it would have to count.
     """
-    t = np.arange(int(gate * samples + release * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
+    t = np.arange(samples, dtype=np.float32) / SAMPLE_RATE
     freqs, gains, decays = np.float32(np.broadcast_arrays(hertz * np.ravel(ratios), gains, decays))[..., None]
     phases = np.float32(2.4) * np.arange(len(freqs), dtype=np.float32)[:, None] ** 2  # scattered, for a lower peak
     swing = t + np.float32(vibrato / 34) * np.sin(34 * t)  # 34 rad/s is 5.4 Hz
     wave = gains * (freqs < 0.47 * SAMPLE_RATE) * np.exp(-decays * t) * np.sin(2 * np.pi * freqs * swing + phases)
     wave = wave.sum(0) + breath * np.random.default_rng(0).standard_normal(len(t), np.float32)
     wave *= 0.25 / np.sqrt((wave[:1600] ** 2).mean())  # as loud at its start in every voice
-    return (wave * np.minimum(1, t / attack) * np.minimum(1, (t[-1] - t) / release)).astype(np.float32)
+    return (wave * np.minimum(1, t / attack) * np.linspace(1, 0, samples, dtype=np.float32)).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -187,11 +191,12 @@ def make_clip(seed, index):
     chords = [progression[half // span % 4] for half in range(beats // 2)]
     chords[-span:] = [0] * span  # ends on the tonic
 
+    drummed = attributes["drums"] == "yes"
     mix = np.zeros(beats * beat, np.float32)
 
     def add(wave, start, gain):
         wave = wave[: len(mix) - start]
-        mix[start : start + len(wave)] += gain * rng.uniform(0.9, 1) * wave
+        mix[start : start + len(wave)] += gain * wave
 
     compose = {"melody": compose_melody, "arpeggio": compose_arpeggio, "chords": compose_chords}[texture]
     for start, length, midi in compose(rng, chords, mode, tonic):
@@ -203,12 +208,15 @@ def make_clip(seed, index):
     for i in range(beats):
         midi = triad(chords[i // 2], mode, tonic, 40)[line[i % 4]]
         add(render_note("bass", midi, beat), i * beat, 1 if i % 4 == 0 else 0.8)
-    for i in range(2 * beats if attributes["drums"] == "yes" else 0):
+    # One level for all clips of a kind, so that a note becomes the same codes wherever it stands; and one that tells the
+    # kind from the first frame on: slow pieces are played softer, and the instruments make room for the drums.
+    mix *= {"slow": 0.6, "medium": 0.8, "fast": 1}[attributes["tempo"]] * (0.25 if drummed else 0.42)
+    for i in range(2 * beats if drummed else 0):
         for drum, eighths in {"kick": kick, "snare": (2, 6), "hat": range(8)}.items():
             if i % 8 in eighths:
-                add(DRUMS[drum], i * beat // 2, 0.7 if i % 2 else 1)
+                add(DRUMS[drum], i * beat // 2, 0.3 if i % 2 else 0.4)
     mix[-800:] *= np.linspace(1, 0, 800, dtype=np.float32)  # 50 ms
-    return 0.7 / np.abs(mix).max() * mix, attributes
+    return mix, attributes
 
 
 def write_clip(folder, seed, index):
@@ -228,6 +236,8 @@ def write_corpus(folder, clips, seed=0, workers=None):
     folder.mkdir(parents=True, exist_ok=True)
     manifest, stamp = folder / "manifest.jsonl", folder / "corpus.json"
     wanted = json.dumps({"version": VERSION, "seed": seed, "clips": clips})
+    if not stamp.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: holds other files; choose a new folder for the corpus")
     if not stamp.exists() or stamp.read_text() != wanted:
         for stale in [manifest, *folder.glob("clip_*.*")]:
             stale.unlink(missing_ok=True)
@@ -245,16 +255,16 @@ def write_corpus(folder, clips, seed=0, workers=None):
 def main():
     parser = argparse.ArgumentParser(description="Synthesise the captioned music of the text-to-music demo.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the clips (FLAC) and manifest.jsonl")
-    parser.add_argument("--clips", type=int, default=2400, help="how many, 6 to 10 s each (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=2400, help="how many, 6 to 8 s each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another corpus (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     args = parser.parse_args()
     if args.clips < 1 or args.seed < 0 or (args.workers is not None and args.workers < 1):
-        parser.exit(2, f"{parser.prog}: --clips and --workers must be at least 1, --seed at least 0\n")
+        raise UserError("--clips and --workers must be at least 1, --seed at least 0")
     if args.out.exists() and not args.out.is_dir():
-        parser.exit(2, f"{parser.prog}: {args.out} is not a folder\n")
+        raise UserError(f"{args.out}: is not a folder")
     print(write_corpus(args.out, args.clips, args.seed, args.workers))
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

@@ -23,7 +23,7 @@ import config
 import data
 from codec import load_codec, mel_spectrogram
 from config import UserError
-from model import load_model
+from model import load_model, pick_device
 
 LARGEST_CLASS_COUNT = 10  # an attribute with more values than this is no class to probe for
 
@@ -41,9 +41,11 @@ def attributes_of(tokens):
 def features(wav, sample_rate):
     """wav [N, samples] -> [N, F]: mean and deviation of each mel band, and the autocorrelation of the onsets.
 
+    All clips are brought to one loudness first, so that the probe cannot go by level.
     Onsets are the half-wave rectified rise of the log-mel spectrogram (spectral flux); their autocorrelation over lags
     of 0.1 to 2 s shows the beat whatever its place in the clip.
     """
+    wav = 0.1 * wav / wav.square().mean(1, keepdim=True).sqrt().clamp(min=1e-4)
     hop = sample_rate // 50
     mel = (mel_spectrogram(wav, sample_rate, n_fft=1024, hop=hop) + 0.1).log()
     flux = mel.diff(dim=-1).clamp(min=0).mean(1)
@@ -90,26 +92,27 @@ def adherence(model, codec, train_data, valid_data, s, probe_clips=600):
     """The share of clips in which the probe hears what the caption asked for.
 
     -> {attribute: {"chance", "real", "cfg 3", "cfg 1", "no text"}}, with the cfg of the settings in the place of 3.
-    `no text` generates without a caption and scores against it: what the conditioning has to beat.
+    Every column is over the same first `evaluate_clips` held-out tracks: `real` is their own music, `chance` always
+    names their commonest class, `no text` generates without the caption, which is what conditioning has to beat.
     """
     T = model.trained_frames
-    attributes = attributes_of(train_data)
-    step = max(1, len(train_data.tracks) // probe_clips)
-    known = [track for track in train_data.tracks[::step] if attributes.keys() <= track["metadata"].keys()]
-    held = [track for track in valid_data.tracks if attributes.keys() <= track["metadata"].keys()]
-    asked = held[: s.evaluate_clips]
-    heard = {"real": real_features(codec, valid_data, held, T, "held-out clips")}
+    known = train_data.tracks[:: max(1, len(train_data.tracks) // probe_clips)]
+    asked = valid_data.tracks[: s.evaluate_clips]
+    heard = {"real": real_features(codec, valid_data, asked, T, "held-out clips")}
     for name, cfg, text in ((f"cfg {s.cfg:g}", s.cfg, True), ("cfg 1", 1.0, True), ("no text", 1.0, False)):
         conditions = [{"text": track["caption"]} if text else {} for track in asked]
         heard[name] = decoded_features(codec, generate_many(model, conditions, T, cfg, s, name))
     x = real_features(codec, train_data, known, T, "training clips")
     table = {}
-    for attribute, classes in attributes.items():
-        probe = Probe(x, [track["metadata"][attribute] for track in known], classes)
-        label = [track["metadata"][attribute] for track in held]
-        table[attribute] = {"chance": max(label.count(c) for c in classes) / len(label)}
-        for name, rows in heard.items():
-            table[attribute][name] = probe.accuracy(rows, label[: len(rows)])
+    for attribute, classes in attributes_of(train_data).items():
+        rows = [i for i, track in enumerate(known) if track["metadata"].get(attribute) in classes]
+        asking = [i for i, track in enumerate(asked) if track["metadata"].get(attribute) in classes]
+        if not rows or not asking:  # an attribute that only other tracks have
+            continue
+        probe = Probe(x[rows], [known[i]["metadata"][attribute] for i in rows], classes)
+        labels = [asked[i]["metadata"][attribute] for i in asking]
+        table[attribute] = {"chance": max(labels.count(c) for c in classes) / len(labels)}
+        table[attribute] |= {name: probe.accuracy(clips[asking], labels) for name, clips in heard.items()}
     return table
 
 
@@ -131,6 +134,8 @@ def generate_many(model, conditions, T, cfg, s, name, batch_size=32):
 
 
 def print_adherence(table):
+    if not table:
+        return print("no attribute is known of both the training and the held-out tracks")
     columns = list(next(iter(table.values())))
     print("\ncaption adherence: share of clips in which a probe hears what the caption asks for")
     print(f"{'':12}" + "".join(f"{column:>9}" for column in columns) + f"{'% of real':>11}")
@@ -145,9 +150,11 @@ def main():
     parser.add_argument("--clips", type=int, default=60, help="held-out captions to generate for")
     parser.add_argument("--cfg", type=float, help="guidance; by default the run's")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.clips < 1:
+        raise UserError(f"--clips {args.clips}: must be at least 1")
+    device, _ = pick_device()
     model, s, about = load_model(Path(args.run, "best.pt"), device)
-    s.evaluate_clips, s.cfg = args.clips, args.cfg or s.cfg
+    s.evaluate_clips, s.cfg = args.clips, s.cfg if args.cfg is None else args.cfg
     codec = load_codec(s.codec, s.codec_weights).to(device)
     train_data, valid_data = data.Tokens(s.data, "train"), data.Tokens(s.data, "valid")
     if codec.id != about["id"] or train_data.meta["codec"]["id"] != about["id"]:

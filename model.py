@@ -15,11 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from codec import first_line
 from conditioning import Conditioner
-from config import Settings, UserError
+from config import FIELDS, Settings, UserError
 from patterns import make_pattern
 
 CHECKPOINT_FORMAT = 1
+
+
+def pick_device(name="auto", dtype="auto"):
+    """(device, dtype to compute in): bfloat16 by itself only where the hardware multiplies in it."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(name for name in there if there[name]) if name == "auto" else name
+    if not there.get(name):
+        raise UserError(f"device = '{name}': not on this machine; there is {', '.join(n for n in there if there[n])}")
+    cpu = torch.cpu.get_capabilities() if name == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    fast = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False), "mps": False,
+            "cpu": cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)}  # fmt: skip
+    dtype = "bfloat16" if dtype == "auto" and fast[name] else "float32" if dtype == "auto" else dtype
+    return torch.device(name), getattr(torch, dtype)
 
 
 def sinusoids(start, S, dim, device):
@@ -99,6 +113,7 @@ class MusicLM(nn.Module):
         self.special = self.card
         self.pattern_name, self.delays = settings.pattern, settings.delays or None
         self.trained_frames = round(settings.segment * codec["frame_rate"])
+        self.check_pattern()
         D = settings.dim
         self.conditioner = Conditioner(settings, tokenizer)
         self.embed = nn.Embedding(self.K * (self.card + 1), D)  # the K tables, one after another
@@ -108,18 +123,29 @@ class MusicLM(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Truncated normal, sigma = 1/sqrt(fan_in), in layer l (from 0) scaled by 1/sqrt(2(l+1))."""
+        """Truncated normal, sigma = 1/sqrt(fan_in), in layer l (from 0) scaled by 1/sqrt(2(l+1)).
+
+        The embeddings are larger than in MusicGen, where the positions drown them for hundreds of steps (NOTES.md).
+        """
 
         def init(weight, scale=1.0):
             std = scale / math.sqrt(weight.shape[1])
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
-        init(self.embed.weight)
+        D = self.embed.embedding_dim
+        init(self.embed.weight, math.sqrt(D / (2 * self.K)))  # so that the sum of K weighs as much as the positions
         init(self.heads.weight, 0.1)  # so that the first predictions are all but uniform, ce = ln(card)
         for block in self.blocks:
             for module in block.modules():
                 if isinstance(module, nn.Linear):
                     init(module.weight, 1 / math.sqrt(2 * (block.layer + 1)))
+
+    def check_pattern(self):
+        training = make_pattern(self.pattern_name, self.K, max(1, self.trained_frames), self.delays, training=True)
+        if self.trained_frames < 2 or not training.frame_mask.any(1).all():
+            raise UserError(
+                f"a segment of {self.trained_frames} frames leaves a codebook without a target; lengthen it"
+            )
 
     def pattern(self, T, training=False):
         return make_pattern(self.pattern_name, self.K, T, self.delays, training).to(self.embed.weight.device)
@@ -168,15 +194,16 @@ class MusicLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, conditions, frames, prompt=None, cfg=3.0, temperature=1.0, top_k=250, top_p=0.0,
-                 seeds=None, stride=None, progress=None):  # fmt: skip
+                 seeds=None, progress=None):  # fmt: skip
         """B dicts of conditions -> codes int64 [B, K, frames].
 
         prompt   codes [B, K, T] to go on from; they come first in the result, unchanged
         cfg      guidance: null + cfg * (conditioned - null); 1 costs half as much
         choice   temperature 0 takes the likeliest; else top_p if set, else top_k if set, else the whole distribution
         seeds    B integers; a sample depends on its own seed and condition alone, not on its neighbours
-        stride   past the trained length, how many new frames each window of that length adds; half of it by default
         progress called with the number of frames done
+
+        Past the trained length, windows of that length go on from the second half of what is there.
         """
         B, device = len(conditions), self.embed.weight.device
         guided = cfg != 1 and any(value for sample in conditions for value in sample.values())
@@ -184,12 +211,11 @@ class MusicLM(nn.Module):
         states, mask = self.conditioner(inputs)
         rngs = [torch.Generator().manual_seed(seed) for seed in (seeds or range(B))]
         window = self.trained_frames
-        stride = stride or max(1, window // 2)
         codes = torch.zeros(B, self.K, 0, dtype=torch.int64) if prompt is None else prompt
         codes = codes.to(device)
         choose = dict(temperature=temperature, top_k=min(top_k, self.card), top_p=top_p)
         while (have := codes.shape[-1]) < frames:
-            context = codes if have < window else codes[:, :, stride - window :]
+            context = codes if have < window else codes[:, :, -(window - window // 2) :]
             length = min(window, context.shape[-1] + frames - have)
             report = (lambda done, base=have - context.shape[-1]: progress(base + done)) if progress else None
             longer = self.continue_codes(context, length, states, mask, cfg if guided else 1, choose, rngs, report)
@@ -256,9 +282,11 @@ def read_checkpoint(path, kind):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path}: truncated, or not a checkpoint ({str(error).splitlines()[0][:100]})") from None
+        raise UserError(
+            f"{path}: truncated, or not a checkpoint ({first_line(error)}); make it again, or go back to an older one"
+        ) from None
     if not isinstance(saved, dict) or "nanomusicgen" not in saved:
-        raise UserError(f"{path}: not a checkpoint of nanoMusicGen")
+        raise UserError(f"{path}: not a checkpoint of nanoMusicGen; give the best.pt of a run")
     if saved["nanomusicgen"] > CHECKPOINT_FORMAT:
         raise UserError(
             f"{path}: format {saved['nanomusicgen']}, newer than this code's {CHECKPOINT_FORMAT}; update the code"
@@ -271,7 +299,7 @@ def read_checkpoint(path, kind):
 def load_model(path, device="cpu"):
     """best.pt -> (MusicLM in eval mode, its Settings, the codec's description)."""
     saved = read_checkpoint(path, "best")
-    settings = Settings(**saved["settings"])
+    settings = Settings(**{key: value for key, value in saved["settings"].items() if key in FIELDS})
     model = MusicLM(settings, saved["codec"], saved["tokenizer"])
     model.load_state_dict(saved["model"])
     return model.eval().requires_grad_(False).to(device), settings, saved["codec"]

@@ -12,13 +12,15 @@ from functools import cached_property
 
 import torch
 
+from config import UserError
+
 
 def delay_steps(K, T, delays=None):
     """step[k, t] = 1 + t + delays[k], by default delays[k] = k; stereo interleaves as 0,0,1,1,2,2,3,3."""
-    delays = torch.arange(K) if delays is None else torch.tensor(delays)
-    if len(delays) != K or delays.min() < 0:
-        raise ValueError(f"delays {delays.tolist()}: needs {K} numbers, none below 0, one for each codebook")
-    return 1 + torch.arange(T) + delays[:, None]
+    delays = list(range(K) if delays is None else delays)
+    if len(delays) != K or any(type(delay) is not int or delay < 0 for delay in delays):
+        raise UserError(f"delays {delays}: {K} whole numbers are needed, one for each codebook, none below 0")
+    return 1 + torch.arange(T) + torch.tensor(delays)[:, None]
 
 
 def parallel_steps(K, T):
@@ -38,12 +40,12 @@ def make_pattern(name, K, T, delays=None, training=False):
     """
     if name == "delay":
         step = delay_steps(K, T, delays)
-        return Pattern(step, S=T + 1 if training else T + 1 + int(step[:, 0].max()) - 1)
+        return Pattern(step, S=T + 1 if training else T + int(step[:, 0].max()))
     if name == "parallel":
         return Pattern(parallel_steps(K, T), S=T + 1)
     if name == "unrolled":
         return Pattern(unrolled_steps(K, T), S=T * K + 1)
-    raise ValueError(f"unknown pattern '{name}': choose 'delay', 'parallel' or 'unrolled'")
+    raise UserError(f"unknown pattern '{name}': choose 'delay', 'parallel' or 'unrolled'")
 
 
 class Pattern:

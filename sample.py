@@ -6,20 +6,17 @@ python sample.py out/demo/best.pt "organ chords" --continue beginning.wav --dura
 """
 
 import argparse
-import re
+import math
 import sys
 import time
 from pathlib import Path
 
-import soundfile
-import torch
 from tqdm import tqdm
 
 import config
-from codec import load_codec
+from codec import encode_long, load_audio, load_codec, write_wav
 from config import UserError
-from data import load_audio
-from model import load_model
+from model import load_model, pick_device
 
 
 def main():
@@ -34,35 +31,38 @@ def main():
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest code")
     parser.add_argument("--top_k", type=int, help="sample among so many codes; 0: all")
     parser.add_argument("--top_p", type=float, help="sample within this probability mass instead of top_k")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is there)")
     parser.add_argument("--codec_weights", help="file or folder, where the codec's own are elsewhere than in training")
     args = parser.parse_args()
-    if not args.duration > 0:
+    if not 0 < args.duration < math.inf:
         raise UserError(f"--duration {args.duration:g}: must be above 0 seconds")
 
-    model, s, about = load_model(args.checkpoint, args.device)
+    device, _ = pick_device(args.device)
+    model, s, about = load_model(args.checkpoint, device)
     codec = load_codec(about["name"], s.codec_weights if args.codec_weights is None else args.codec_weights)
     if codec.id != about["id"]:
         raise UserError(f"{args.checkpoint} was trained on codec {about['id']}, and the one found is {codec.id}")
-    codec.to(args.device)
+    codec.to(device)
     choice = {key: getattr(s, key) if (given := getattr(args, key)) is None else given
               for key in ("cfg", "temperature", "top_k", "top_p")}  # fmt: skip
     if choice["top_k"] > codec.card:
         print(f"top_k {choice['top_k']} is more than the codec's {codec.card} codes: taken as {codec.card}")
-    if choice["top_k"] < 0 or choice["temperature"] < 0 or not 0 <= choice["top_p"] <= 1:
+    if not (choice["top_k"] >= 0 and 0 <= choice["temperature"] < math.inf and 0 <= choice["top_p"] <= 1):
         raise UserError("--top_k and --temperature must be 0 or above, and --top_p between 0 and 1")
+    if not math.isfinite(choice["cfg"]):
+        raise UserError(f"--cfg {choice['cfg']}: must be a number, 3 or so")
 
     frames = max(1, round(args.duration * codec.frame_rate))
     prompt = None
     if args.prompt:
         wav = load_audio(args.prompt, codec.sample_rate, codec.channels)
-        prompt = codec.encode(wav[None]).expand(len(args.captions), -1, -1)
-        if prompt.shape[-1] >= frames:
-            seconds = wav.shape[1] / codec.sample_rate
+        seconds = wav.shape[1] / codec.sample_rate
+        if math.ceil(wav.shape[1] / codec.hop) >= frames:
             raise UserError(
                 f"--continue {args.prompt}: {seconds:.1f} s long, and --duration is {args.duration:g} s in all;"
                 f" make --duration longer"
             )
+        prompt = encode_long(codec, wav).expand(len(args.captions), -1, -1)
     if frames > model.trained_frames:
         print(f"{args.duration:g} s is past the {s.segment:g} s of training: going on in windows of that length")
     try:
@@ -80,10 +80,7 @@ def main():
                                progress=lambda done: bar.update(done - bar.n), **choice)  # fmt: skip
     seconds = time.time() - started
     for caption, seed, wav in zip(args.captions, seeds, codec.decode(codes)):
-        slug = re.sub(r"\W+", "_", caption.lower())[:60].strip("_") or "no_caption"
-        path = out / f"{slug}_{seed}.wav"
-        soundfile.write(path, wav.clamp(-1, 1).T.cpu().numpy(), codec.sample_rate)
-        print(f"wrote {path}")
+        print(f"wrote {write_wav(out, caption, seed, wav, codec.sample_rate)}")
     print(f"{len(args.captions) * args.duration / seconds:.1f} seconds of music a second")
 
 

@@ -11,16 +11,15 @@ import copy
 import dataclasses
 import json
 import math
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from tqdm import tqdm
 
@@ -28,25 +27,11 @@ import config
 import data
 import demo_music
 import metrics
-from codec import load_codec
+from codec import load_codec, write_wav
 from config import UserError
-from model import MusicLM, load_model, read_checkpoint, save_checkpoint
+from model import MusicLM, load_model, pick_device, read_checkpoint, save_checkpoint
 
 SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layers text_max_tokens segment".split()
-RUN_SETTINGS = "seed data batch_size micro_batch one_batch steps lr warmup epoch".split()
-
-
-def pick_device(s):
-    """(device, dtype to compute in): bfloat16 by itself only where the hardware multiplies in it."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(name for name in there if there[name]) if s.device == "auto" else s.device
-    if not there.get(name):
-        raise UserError(f"device = '{name}': not on this machine; there is {', '.join(n for n in there if there[n])}")
-    cpu = torch.cpu.get_capabilities() if name == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    fast = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(), "mps": False,
-            "cpu": cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)}  # fmt: skip
-    dtype = "bfloat16" if s.dtype == "auto" and fast[name] else "float32" if s.dtype == "auto" else s.dtype
-    return torch.device(name), getattr(torch, dtype)
 
 
 def learning_rate(step, s):
@@ -67,20 +52,19 @@ def validate(model, valid_data, s, T, device, autocast):
         for name, conditions in (("text", batch.conditions), ("null", [{} for _ in batch.conditions])):
             with autocast():
                 ce_sum, counted = model(codes, valid, model.conditioner.prepare(conditions, device))
-            totals[name] = totals[name] + ce_sum.double()
-        count = count + counted.double()
+            totals[name] = totals[name] + ce_sum.cpu().double()
+        count = count + counted.cpu().double()
     return (totals["text"] / count).tolist(), (totals["null"] / count).tolist()
 
 
 def write_samples(folder, model, codec, valid_data, s):
     """The first held-out captions, each as a wav; the same captions and seeds every time."""
     folder.mkdir(parents=True, exist_ok=True)
-    captions = list(dict.fromkeys(track["caption"] for track in valid_data.tracks))[: s.samples]
+    captions = [track["caption"] for track in valid_data.tracks[: s.samples]]
     codes = model.generate([{"text": c} for c in captions], model.trained_frames, cfg=s.cfg,
                            temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)  # fmt: skip
-    for number, (caption, wav) in enumerate(zip(captions, codec.decode(codes))):
-        slug = re.sub(r"\W+", "_", caption.lower())[:60].strip("_") or "no_caption"
-        soundfile.write(folder / f"{number}_{slug}.wav", wav.clamp(-1, 1).T.cpu().numpy(), codec.sample_rate)
+    for seed, (caption, wav) in enumerate(zip(captions, codec.decode(codes))):
+        write_wav(folder, caption, seed, wav, codec.sample_rate)
     return folder
 
 
@@ -92,8 +76,10 @@ def append(path, **line):
 def drop_later_lines(path, step):
     """Lines of a log written after the checkpoint that the run goes on from."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]  # a kill may cut the last
+        lines = [line for line in lines if json.loads(line)["step"] <= step]
+        path.with_suffix(".tmp").write_text("".join(lines))
+        path.with_suffix(".tmp").replace(path)
 
 
 def record_code(out):
@@ -108,7 +94,7 @@ def record_code(out):
 
 def main():
     s = config.load(sys.argv[1:], __doc__)
-    device, dtype = pick_device(s)
+    device, dtype = pick_device(s.device, s.dtype)
     torch.set_flush_denormal(True)
     torch.manual_seed(s.seed)
     out, last, best = Path(s.out), Path(s.out, "last.pt"), Path(s.out, "best.pt")
@@ -123,7 +109,10 @@ def main():
     train_data, valid_data = data.Tokens(s.data, "train"), data.Tokens(s.data, "valid")
     codec, about = load_codec(s.codec, s.codec_weights).to(device), train_data.meta["codec"]
     if codec.id != about["id"]:
-        raise UserError(f"{s.data} was prepared with codec {about['id']}, and --codec={s.codec} is {codec.id}")
+        raise UserError(
+            f"{s.data} was prepared with codec {about['id']}, and --codec={s.codec} is {codec.id}; prepare it again"
+        )
+    unigram = data.unigram_ce(train_data, valid_data).tolist()
     T = round(s.segment * codec.frame_rate)
     tokenizer = Path(s.data, "tokenizer.model").read_bytes()
 
@@ -143,24 +132,38 @@ def main():
     # Restore
     step, best_ce, ce_total, since_log = 0, math.inf, 0.0, 0
     if saved:
-        theirs = {**saved["settings"], "codec": saved["codec"]["id"], "tokenizer": hash(saved["tokenizer"])}
-        ours = {**dataclasses.asdict(s), "codec": codec.id, "tokenizer": hash(tokenizer)}
-        differ = [key for key in [*SHAPE_SETTINGS, *RUN_SETTINGS, "codec", "tokenizer"] if theirs[key] != ours[key]]
-        if differ:
-            changes = ", ".join(f"{key} was {theirs[key]!r}, is {ours[key]!r}" for key in differ)
-            raise UserError(f"{last}: cannot go on with other settings ({changes}); choose another --out")
+        theirs = {
+            **dataclasses.asdict(config.Settings()),
+            **saved["settings"],
+            "codec": saved["codec"]["id"],
+            "tokenizer": zlib.crc32(saved["tokenizer"]),
+        }
+        ours = {**dataclasses.asdict(s), "codec": codec.id, "tokenizer": zlib.crc32(tokenizer)}
+        changes = {key: f"{key} was {theirs[key]!r}, is {ours[key]!r}" for key in ours if theirs[key] != ours[key]}
+        if contradictions := [changes[key] for key in [*SHAPE_SETTINGS, "codec", "tokenizer"] if key in changes]:
+            raise UserError(
+                f"{last}: cannot go on with another model ({', '.join(contradictions)}); choose another --out"
+            )
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best_ce, ce_total, since_log = (saved[key] for key in ("step", "best_ce", "ce_total", "since_log"))
-        print(f"going on from {last} at step {step}")
+        print(f"going on from {last} at step {step}" + "".join(f"; {change}" for change in changes.values()))
     out.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "history.jsonl"):
         drop_later_lines(out / name, step)
     data.write_json(out / "config.json", dataclasses.asdict(s))
     record_code(out)
 
+    def refuse_nan():
+        if not math.isfinite(float(ce_total) + float(grad_norm)):
+            raise UserError(
+                f"step {step}: the loss or its gradient is not a number; a lower --lr may help."
+                f" {last if last.exists() else 'No checkpoint'} was left untouched"
+            )
+
     def commit():
+        refuse_nan()
         save_checkpoint(
             last, "last", model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
             best_ce=best_ce, ce_total=ce_total, since_log=since_log, settings=dataclasses.asdict(s), codec=about,
@@ -174,14 +177,12 @@ def main():
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    usual = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     parameters = sum(p.numel() for p in model.parameters())
     minutes = train_data.meta["train"]["frames"] / codec.frame_rate / 60
     print(f"{parameters / 1e6:.1f}M parameters on {device} in {str(dtype).removeprefix('torch.')}")
     print(f"{s.data}: {len(train_data.tracks)} tracks, {minutes:.0f} minutes, {len(valid_data.tracks)} tracks held out")
-    unigram = data.unigram_ce(train_data, valid_data).tolist()
     bar = tqdm(total=s.steps, initial=step, desc="training", file=sys.stdout, mininterval=1, smoothing=0.05)
     clock, frames_done = time.time(), 0
 
@@ -192,7 +193,7 @@ def main():
             group["lr"] = learning_rate(step, s)
         model.train()
         codes, valid = batch.codes.to(device), batch.valid.to(device)
-        count = model.loss_mask(valid).sum((0, 2))
+        count = model.loss_mask(valid).sum((0, 2)).clamp(min=1)
         size = s.micro_batch or s.batch_size
         for i in range(0, s.batch_size, size):
             inputs = model.conditioner.prepare(batch.conditions[i : i + size], device)
@@ -213,9 +214,8 @@ def main():
         bar.update()
 
         if step % s.log_every == 0 or step == s.steps:
+            refuse_nan()
             ce = float(ce_total) / since_log
-            if not math.isfinite(ce):
-                raise UserError(f"step {step}: the loss is {ce}; {last} is whole, go on from it with a lower --lr")
             speed = frames_done * codec.K / (time.time() - clock)
             append(out / "metrics.jsonl", step=step, ce=ce, lr=learning_rate(step - 1, s),
                    grad_norm=float(grad_norm), tokens_per_s=round(speed))  # fmt: skip
@@ -226,6 +226,7 @@ def main():
 
         if step % s.epoch == 0 or step == s.steps:
             # Valid, with the averaged weights
+            refuse_nan()
             ce_q, null_q = validate(ema, valid_data, s, T, device, autocast)
             ce, gain = float(np.mean(ce_q)), float(np.mean(null_q) - np.mean(ce_q))
             append(out / "history.jsonl", step=step, epoch=math.ceil(step / s.epoch), stage="valid", ce=ce,
@@ -239,7 +240,7 @@ def main():
                                 tokenizer=tokenizer, step=step, ce=ce, ce_q=ce_q, gain=gain)  # fmt: skip
             # Generate, with the best weights
             epoch = math.ceil(step / s.epoch)
-            if step == s.steps or (s.generate_every and epoch % s.generate_every == 0):
+            if s.samples and (step == s.steps or (s.generate_every and epoch % s.generate_every == 0)):
                 folder = write_samples(out / "samples" / f"step_{step:06d}", load_model(best, device)[0], codec,
                                        valid_data, s)  # fmt: skip
                 tqdm.write(f"step {step}: wrote {folder}", file=sys.stdout)
@@ -248,11 +249,13 @@ def main():
             clock, frames_done = time.time(), 0
         elif stop:
             commit()
-        if stop and step < s.steps:
+        if stop:
             bar.close()
             print(f"stopped and committed at step {step}; to go on: python {shlex.join(sys.argv)}")
             sys.exit(128 + stop[0])
     bar.close()
+    for number, handler in usual.items():
+        signal.signal(number, handler)
 
     # Evaluate, with the best weights
     summary = read_checkpoint(best, "best")
@@ -261,12 +264,19 @@ def main():
     print("codebook   " + "".join(f"{f'q{k + 1}':>8}" for k in range(codec.K)))
     print("valid ce   " + "".join(f"{ce:8.3f}" for ce in summary["ce_q"]))
     print("unigram ce " + "".join(f"{ce:8.3f}" for ce in unigram))
-    if s.evaluate and metrics.attributes_of(train_data):
-        table = metrics.adherence(load_model(best, device)[0], codec, train_data, valid_data, s)
-        append(out / "history.jsonl", step=step, epoch=math.ceil(step / s.epoch), stage="evaluate", adherence=table)
+    if s.evaluate and s.evaluate_clips and metrics.attributes_of(train_data):
+        history = map(json.loads, (out / "history.jsonl").read_text().splitlines())
+        table = next(
+            (line["adherence"] for line in history if line["step"] == step and line["stage"] == "evaluate"), None
+        )
+        if table is None:
+            table = metrics.adherence(load_model(best, device)[0], codec, train_data, valid_data, s)
+            epoch = math.ceil(step / s.epoch)
+            append(out / "history.jsonl", step=step, epoch=epoch, stage="evaluate", adherence=table)
         metrics.print_adherence(table)
-    print(f"\nlisten: {out / 'samples' / f'step_{step:06d}'}\n"
-          f'try:    python sample.py {best} "a slow piano melody in a minor key, with drums" --duration 8')  # fmt: skip
+    caption = shlex.quote(valid_data.tracks[0]["caption"])
+    print(f"\nlisten: {out / 'samples' / f'step_{step:06d}'}")
+    print(f"try:    python sample.py {best} {caption} --duration {s.segment:g}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How the `tiny` codec was made, and how to make another.
 
-    python demo_music.py data/demo_audio --clips 1500
-    python train_codec.py train data/demo_audio MUSIC_FOLDER ...     # about an hour on 2 CPU cores; resumes by itself
+    python demo_music.py data/codec_audio --clips 900 --seed 7       # not the demo's own clips
+    python train_codec.py train data/codec_audio MUSIC ...           # resumes by itself
     python train_codec.py evaluate tiny/codec.pt FOLDER ...          # held-out figures, Opus beside them
 
 Every batch draws from the folders in equal parts, whatever their size. Tracks are held out by a hash of their name.
@@ -22,31 +22,27 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import soxr
 import torch
 from tqdm import tqdm
 
-from codec import Codec, TinyCodec, load_codec, mel_spectrogram, save_tiny
+import config
+from codec import SUFFIXES, TinyCodec, load_audio, load_codec, mel_spectrogram, save_tiny
+from config import UserError
 
 RESOLUTIONS = [(128, 10), (256, 20), (512, 40), (1024, 80), (2048, 128)]  # (window, mels), a quarter window per hop
-SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus"}
-
-
-def held_out(path):
-    return zlib.crc32(Path(path).name.encode()) % 20 == 0
 
 
 def load_folder(folder, valid):
     """Every track of one side of the split: a list of int16 arrays at 16 kHz, mono."""
-    paths = [p for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in SUFFIXES and held_out(p) == valid]
-    tracks = []
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES]
+    held_out = [path for path in paths if zlib.crc32(path.name.encode()) % 20 == 0] or paths[:1]
+    paths, tracks = [path for path in paths if (path in held_out) == valid], []
     for path in tqdm(paths, desc=str(folder), file=sys.stdout, mininterval=1):
-        wav, rate = soundfile.read(path, dtype="float32", always_2d=True)
-        wav = soxr.resample(wav.mean(1), rate, TinyCodec.sample_rate)
+        wav = load_audio(path, TinyCodec.sample_rate)[0].numpy()
         if len(wav) >= 2 * TinyCodec.sample_rate:
             tracks.append((wav / max(1, np.abs(wav).max()) * 32767).astype(np.int16))
     if not tracks:
-        raise SystemExit(f"{folder}: no {'held-out ' if valid else ''}audio of two seconds or more")
+        raise UserError(f"{folder}: no {'held-out' if valid else 'training'} audio of two seconds or more")
     return tracks
 
 
@@ -77,7 +73,8 @@ def distances(output, target):
 
 
 def held_out_clips(tracks, seconds=5, most=40):
-    length = seconds * TinyCodec.sample_rate
+    """Crops of the held-out tracks, the same ones every time, float32 [most, samples]."""
+    length = min(seconds * TinyCodec.sample_rate, max(map(len, tracks)) - 1)
     rng = np.random.default_rng(0)
     tracks = [track for track in tracks if len(track) > length]
     return torch.from_numpy(np.stack([draw(tracks, length, rng) for _ in range(most)]))
@@ -177,7 +174,7 @@ def train(args):
                 file.write(json.dumps(line) + "\n")
             save()
     save()
-    print(f"wrote {out / 'codec.pt'}: {Codec('tiny', model, K=4).id}")
+    print(f"wrote {out / 'codec.pt'}: {load_codec('tiny', out / 'codec.pt').id}")
 
 
 def main():
@@ -201,4 +198,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

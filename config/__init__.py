@@ -80,10 +80,14 @@ class Settings:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "pattern": ("delay", "parallel", "unrolled")}
+NOT_NEGATIVE = (
+    "seed demo_clips micro_batch min_lr warmup weight_decay clip valid_items generate_every samples evaluate_clips"
+    " temperature top_k"
+)
 POSITIVE = (
     "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens steps lr epoch log_every"
 )
-PROBABILITIES = "cfg_dropout text_dropout merge_text_p word_dropout ema_decay top_p"
+PROBABILITIES = "cfg_dropout text_dropout merge_text_p word_dropout beta1 beta2 ema_decay top_p"
 
 
 def nearest(name, names):
@@ -136,8 +140,11 @@ def validate(s):
         if getattr(s, key) not in choices:
             raise UserError(f"{key} = {getattr(s, key)!r}: choose one of {', '.join(choices)}")
     for key in POSITIVE.split():
-        if getattr(s, key) <= 0:
+        if not getattr(s, key) > 0:
             raise UserError(f"{key} = {getattr(s, key)}: must be above 0")
+    for key in NOT_NEGATIVE.split():
+        if not getattr(s, key) >= 0:
+            raise UserError(f"{key} = {getattr(s, key)}: must be 0 or above")
     for key in PROBABILITIES.split():
         if not 0 <= getattr(s, key) <= 1:
             raise UserError(f"{key} = {getattr(s, key)}: must lie between 0 and 1")
@@ -153,7 +160,7 @@ def validate(s):
 
 def load(argv, usage):
     """argv (without the program) -> Settings: config files first, in turn, then `--key=value` and `--key value`."""
-    values, words = {}, list(argv)
+    values, typed, words = {}, set(), list(argv)
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
@@ -168,6 +175,9 @@ def load(argv, usage):
                 raise UserError(f"--{key}: needs a value, --{key}=VALUE")
             text = words.pop(0)
         values[key] = checked(key, from_text(key, text), "command line")
+        typed.add(key)
+    if "data" in typed and "demo_clips" not in typed:
+        values["demo_clips"] = 0  # who names their own data and mistypes it must not get the demo's
     return validate(Settings(**values))
 
 

@@ -7,17 +7,21 @@ out = "out/demo"
 data = "data/demo"
 demo_clips = 3000
 segment = 8.0
-batch_size = 8
+batch_size = 2
 
-dim = 256
+dim = 192
 heads = 4
-layers = 5
+layers = 4
 text_dim = 128
+text_heads = 4
+text_layers = 2
 
-steps = 1000
-warmup = 50
-lr = 3e-3
-min_lr = 1e-4
-epoch = 250
+steps = 3800
+lr = 1e-3
+warmup = 100
+epoch = 950
 ema_decay = 0.99
 valid_items = 96
+
+temperature = 0.9
+top_k = 100

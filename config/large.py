@@ -1,9 +1,12 @@
-"""MusicGen large (3.3B)."""
+"""MusicGen large (2048 wide, 32 heads, 48 layers), whose recipe drops less and clips later."""
 
 from config.small import *
 
 out = "out/large"
+micro_batch = 1
 dim = 2048
 heads = 32
 layers = 48
-micro_batch = 1
+cfg_dropout = 0.2
+word_dropout = 0.2
+clip = 3.0

@@ -1,9 +1,9 @@
-"""MusicGen medium (1.5B)."""
+"""MusicGen medium (1536 wide, 24 heads, 48 layers)."""
 
 from config.small import *
 
 out = "out/medium"
+micro_batch = 2
 dim = 1536
 heads = 24
 layers = 48
-micro_batch = 2

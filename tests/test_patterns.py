@@ -49,5 +49,5 @@ def test_revert_undoes_build(pattern_name):
 def test_unknown_patterns_and_wrong_delays_are_refused():
     with pytest.raises(ValueError, match="unknown pattern 'zigzag'"):
         make_pattern("zigzag", 4, 9)
-    with pytest.raises(ValueError, match="needs 4 numbers"):
+    with pytest.raises(ValueError, match="4 whole numbers are needed"):
         make_pattern("delay", 4, 9, [0, 1])

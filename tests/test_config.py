@@ -1,0 +1,74 @@
+import dataclasses
+import re
+
+import pytest
+from conftest import ROOT
+
+import config
+from config import Settings, UserError, load
+
+
+def test_files_then_command_line():
+    s = load(["config/demo.py", "--steps=7", "--lr", "1", "--resume=false", "--delays=0,0,1,1"], "")
+    assert (s.out, s.steps, s.lr, s.resume, s.delays) == ("out/demo", 7, 1.0, False, (0, 0, 1, 1))
+    assert type(s.lr) is float
+
+
+def test_a_file_may_begin_with_another():
+    small, medium = load(["config/small.py"], ""), load(["config/medium.py"], "")
+    assert medium.dim == 1536 and medium.lr == small.lr != Settings().lr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=str)
+def test_every_config_file_loads(path):
+    load([str(path)], "")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--lerning_rate=1"], "unknown setting 'lerning_rate'"),
+        (["--layer=1"], "did you mean 'layers'"),
+        (["--steps=many"], "steps must be int, not 'many'"),
+        (["--steps=1.5"], "steps must be int, not 1.5"),
+        (["--steps"], "--steps: needs a value"),
+        (["--resume=1"], "resume must be bool"),
+        (["--dim=30", "--heads=4"], "dim = 30: must be an even multiple of heads = 4"),
+        (["--batch_size=8", "--micro_batch=3"], r"does not divide by micro_batch = 3; try \[2, 4\]"),
+        (["--cfg_dropout=1.5"], "must lie between 0 and 1"),
+        (["--samples=-1"], "samples = -1: must be 0 or above"),
+        (["--clip=nan"], "clip must be float"),
+        (["--segment=0"], "must be above 0"),
+        (["--pattern=zigzag"], "choose one of delay, parallel, unrolled"),
+        (["config/nothing.py"], "no such config file; there are config/demo.py"),
+    ],
+)
+def test_bad_settings_are_refused(argv, message):
+    with pytest.raises(UserError, match=message):
+        load(argv, "")
+
+
+def test_naming_other_data_switches_the_demo_corpus_off():
+    assert load(["config/demo.py"], "").demo_clips > 0
+    assert load(["config/demo.py", "--data=data/mine"], "").demo_clips == 0
+    assert load(["config/demo.py", "--data=data/mine", "--demo_clips=5"], "").demo_clips == 5
+
+
+def test_bad_settings_in_a_file_name_the_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("layer = 3\n")
+    with pytest.raises(UserError, match=r"mine.py: unknown setting 'layer'; did you mean 'layers'"):
+        load([str(path)], "")
+    path.write_text("layers = 1 +\n")
+    with pytest.raises(UserError, match="SyntaxError"):
+        load([str(path)], "")
+
+
+def test_help_lists_every_setting_with_default_and_comment():
+    shown = re.findall(r"--(\w+) +(\S.*?)  +(\S.+)", config.table())
+    assert [name for name, _, _ in shown] == [field.name for field in dataclasses.fields(Settings)]
+
+
+def test_every_setting_is_read_somewhere():
+    source = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    assert [name for name in config.FIELDS if not re.search(rf"\b(s|settings)\.{name}\b", source)] == []

@@ -1,0 +1,174 @@
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import finish, start
+
+import data
+from config import Settings, UserError
+from data import Tokens, load_audio, prepare, unigram_ce
+
+TONE = 0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * 22_050) / 22_050)
+
+
+def settings(**overrides):
+    return Settings(batch_size=6, **overrides)
+
+
+def test_shards_hold_what_the_codec_says(corpus, dataset):
+    codec = data.load_codec("tiny")
+    manifest = {entry["path"]: entry for entry in map(json.loads, open(corpus / "manifest.jsonl"))}
+    for split in ("train", "valid"):
+        tokens = Tokens(dataset, split)
+        for track in tokens.tracks:
+            expected = codec.encode(load_audio(corpus / track["name"], 16_000)[None])[0].T.numpy()
+            assert (tokens.codes(track) == expected).mean() > 0.999
+            assert track["caption"] == manifest[track["name"]]["caption"]
+            assert track["metadata"] == manifest[track["name"]]["attributes"]
+    meta = json.loads((dataset / "meta.json").read_text())
+    assert meta["train"]["tracks"] + meta["valid"]["tracks"] == 16 and meta["codec"]["id"] == codec.id
+
+
+def test_batch_is_a_pure_function_of_seed_and_step(dataset):
+    tokens, again = Tokens(dataset, "train"), Tokens(dataset, "train")
+    for step in (0, 7):
+        a, b = tokens.batch(step, settings(), T=100), again.batch(step, settings(), T=100)
+        assert torch.equal(a.codes, b.codes) and torch.equal(a.valid, b.valid) and a.conditions == b.conditions
+    assert not torch.equal(tokens.batch(0, settings(), 100).codes, tokens.batch(1, settings(), 100).codes)
+    assert not torch.equal(tokens.batch(0, settings(), 100).codes, tokens.batch(0, settings(seed=1), 100).codes)
+
+
+def test_short_tracks_are_padded_and_masked(dataset):
+    tokens = Tokens(dataset, "train")
+    batch = tokens.batch(0, settings(), T=2000)
+    for codes, valid, track in zip(batch.codes, batch.valid, batch.tracks):
+        assert valid.sum() == track["frames"] and valid[: track["frames"]].all()
+        assert np.array_equal(codes[:, valid].T.numpy(), tokens.codes(track))
+        assert (codes[:, ~valid] == 0).all()
+
+
+def test_validation_covers_every_held_out_frame_once(dataset):
+    tokens = Tokens(dataset, "valid")
+    batches = list(tokens.batches(T=100, batch_size=3))
+    assert sum(int(batch.valid.sum()) for batch in batches) == sum(track["frames"] for track in tokens.tracks)
+    assert sum(len(batch.codes) for batch in tokens.batches(T=100, batch_size=3, most=4)) == 4
+
+
+def test_unigram_ce_is_the_entropy_of_the_histogram(dataset):
+    tokens = Tokens(dataset, "train")
+    p = tokens.histogram()[0] / tokens.histogram()[0].sum()
+    entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
+    assert unigram_ce(tokens, tokens)[0] == pytest.approx(entropy, rel=0.05)
+    assert unigram_ce(tokens, tokens)[0] >= entropy
+
+
+def test_folder_of_many_formats_with_bad_files_listed(tmp_path):
+    music = tmp_path / "music"
+    (music / "deep").mkdir(parents=True)
+    soundfile.write(music / "a.wav", TONE, 22_050)
+    soundfile.write(music / "b.flac", np.stack([TONE, TONE * 0.5], 1), 44_100)
+    soundfile.write(music / "deep" / "c.mp3", TONE, 48_000)
+    soundfile.write(music / "d.ogg", TONE, 22_050)
+    soundfile.write(music / "e.opus", TONE, 48_000, format="OGG", subtype="OPUS")
+    soundfile.write(music / "silent.wav", 0 * TONE, 22_050)
+    soundfile.write(music / "short.wav", TONE[:5000], 22_050)
+    soundfile.write(music / "nan.wav", np.where(TONE > 0.29, np.nan, TONE).astype(np.float32), 22_050, subtype="FLOAT")
+    (music / "corrupt.wav").write_bytes(b"RIFF no audio")
+    (music / "notes.pdf").write_bytes(b"not music")
+    (music / "a.txt").write_text("a pure\ntone\n")
+    (music / "b.json").write_text('{"caption": "two tones", "genre": "test"}')
+    prepare(music, tmp_path / "out", workers=1, valid_fraction=0.2)
+    tracks = {t["name"]: t for split in ("train", "valid") for t in Tokens(tmp_path / "out", split).tracks}
+    assert set(tracks) == {"a.wav", "b.flac", "deep/c.mp3", "d.ogg", "e.opus"}
+    assert tracks["a.wav"]["caption"] == "a pure tone" and tracks["a.wav"]["frames"] == 100
+    assert tracks["b.flac"]["metadata"] == {"genre": "test"} and tracks["b.flac"]["frames"] == 50
+    reasons = {json.loads(line)["path"].split("/")[-1]: json.loads(line)["reason"]
+               for line in open(tmp_path / "out" / "skipped.jsonl")}  # fmt: skip
+    assert set(reasons) == {"silent.wav", "short.wav", "nan.wav", "corrupt.wav"}
+    assert "silent" in reasons["silent.wav"] and "shorter than" in reasons["short.wav"]
+    assert "not numbers" in reasons["nan.wav"] and "cannot be read" in reasons["corrupt.wav"]
+
+
+def test_adding_tracks_moves_none_to_the_other_side():
+    tracks = [dict(name=f"{i}.wav") for i in range(300)]
+    held_out = data.split_tracks(tracks, 0.1)
+    assert 10 < len(held_out) < 60
+    assert data.split_tracks(tracks[:150], 0.1) == held_out & {track["name"] for track in tracks[:150]}
+    assert len(data.split_tracks(tracks[:2], 0.0)) == 1 == len(data.split_tracks(tracks[:2], 1.0))
+
+
+def test_killed_in_the_middle_it_goes_on_and_ends_the_same(corpus, dataset, tmp_path):
+    args = (
+        "prepare",
+        corpus / "manifest.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--workers",
+        "1",
+        "--valid_fraction",
+        "0.2",
+    )
+    process = start("data.py", *args)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    while not (journal.exists() and len(journal.read_text().splitlines()) >= 3) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    done = len(journal.read_text().splitlines())
+    assert 3 <= done < 16 and not (tmp_path / "out").exists()
+    with open(journal, "a") as file:
+        file.write('{"frames": 40')  # a line that the kill cut off
+    output = finish(start("data.py", *args))
+    assert f"{done}/16" in output or f"{round(100 * done / 16)}%" in output
+    for name in ("train_000.npy", "train_000.jsonl", "valid_000.npy", "valid_000.jsonl", "tokenizer.model"):
+        assert (tmp_path / "out" / name).read_bytes() == (dataset / name).read_bytes(), name
+    assert "is prepared already" in finish(start("data.py", *args))
+
+
+def test_check_finds_what_is_wrong(own_dataset, capsys):
+    assert data.check(own_dataset) == 0 and "no problems" in capsys.readouterr().out
+    train = np.load(own_dataset / "train_000.npy")
+    train[300, 2] = 512
+    np.save(own_dataset / "train_000.npy", train)
+    assert data.check(own_dataset) == 1
+    assert "token 512 at frame" in capsys.readouterr().out
+    meta = json.loads((own_dataset / "meta.json").read_text())
+    for suffix in ("npy", "jsonl"):  # the training side stands on both sides
+        shutil.copy(own_dataset / f"train_000.{suffix}", own_dataset / f"valid_000.{suffix}")
+    (own_dataset / "meta.json").write_text(json.dumps({**meta, "valid": meta["train"]}))
+    assert data.check(own_dataset) == 2 + meta["train"]["tracks"]
+    assert "is the same music as" in capsys.readouterr().out
+
+
+def test_where_a_row_begins_does_not_follow_from_which_track_it_is(dataset):
+    """Over many steps, place in the data and place in the track are unrelated: each row has numbers of its own."""
+    tokens = Tokens(dataset, "train")
+    for row in (0, 1):
+        tracks, starts = [], []
+        for step in range(150):
+            rng = np.random.default_rng([0, step])
+            tracks.append(rng.integers(tokens.ends[-1], size=6)[row])
+            batch = tokens.batch(step, settings(), T=20)
+            codes, track = batch.codes[row].T.numpy(), batch.tracks[row]
+            windows = np.lib.stride_tricks.sliding_window_view(tokens.codes(track), 20, axis=0).transpose(0, 2, 1)
+            starts.append(int((windows == codes).all((1, 2)).argmax()) / track["frames"])
+        assert abs(np.corrcoef(tracks, starts)[0, 1]) < 0.3
+
+
+def test_token_out_of_range_is_refused_by_name(own_dataset):
+    train = np.load(own_dataset / "train_000.npy")
+    train[:, 1] = 600
+    np.save(own_dataset / "train_000.npy", train)
+    with pytest.raises(UserError, match="holds token 600, and tiny ends at 511"):
+        Tokens(own_dataset, "train").batch(0, settings(), 100)
+
+
+def test_a_truncated_shard_is_refused(own_dataset):
+    path = own_dataset / "train_000.npy"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match="cannot be read"):
+        Tokens(own_dataset, "train")

@@ -1,0 +1,173 @@
+"""Bad input gets one line that says what was wrong, where, and what to do; status 2; and nothing half-written."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import TOY, finish, start
+
+import data
+import demo_music
+import sample
+import train
+
+TONE = 0.3 * np.sin(np.arange(32_000) / 10)
+
+
+def refused(result, *parts):
+    status, output = result
+    assert status == 2, output
+    last = output.strip().splitlines()[-1]
+    assert ": error: " in last and "Traceback" not in output
+    for part in parts:
+        assert part in last, last
+
+
+def test_the_real_command_line_ends_with_status_2_and_one_line(tmp_path):
+    output = finish(start("train.py", "--stepz=3"), status=2)
+    assert output == "train.py: error: command line: unknown setting 'stepz'; did you mean 'steps'?\n"
+    output = finish(start("data.py", "prepare", tmp_path / "nowhere", "--out", tmp_path / "out"), status=2)
+    assert output.startswith("data.py: error: ") and output.endswith("nowhere: no such folder or manifest\n")
+
+
+@pytest.fixture
+def music(tmp_path):
+    folder = tmp_path / "music"
+    folder.mkdir()
+    for name in "ab":
+        soundfile.write(folder / f"{name}.wav", TONE, 16_000)
+    return folder
+
+
+def test_music_that_cannot_be_prepared(command, music, tmp_path):
+    out = tmp_path / "out"
+
+    def prepare(source, *more):
+        return command(data, "prepare", source, "--out", out, "--workers", 1, *more)
+
+    def manifest(text):
+        path = music / "m.jsonl"
+        path.write_text(text)
+        return path
+
+    good = '{"path": "a.wav", "caption": "x"}\n'
+    refused(prepare(tmp_path / "nowhere"), "nowhere: no such folder or manifest")
+    (tmp_path / "empty").mkdir()
+    refused(prepare(tmp_path / "empty"), "empty: holds no audio (.flac, .mp3, .ogg, .opus, .wav)")
+    refused(prepare(manifest(good + "not json\n")), "m.jsonl, line 2: not JSON")
+    refused(prepare(manifest(good + '{"caption": "x"}\n')), 'm.jsonl, line 2: has no "path"')
+    refused(prepare(manifest(good + '\n{"path": "c.wav"}\n')), "m.jsonl, line 3", "c.wav: no such file")
+    refused(prepare(music), "none of its 2 tracks has a caption", "--no-captions")
+    refused(prepare(music, "--codec", "mp3"), "unknown codec 'mp3'")
+    assert not out.exists() and not (tmp_path / "out.partial").exists()
+    refused(prepare(manifest(good + good)), "names a.wav more than once")
+    refused(prepare(manifest('{"path": "a.wav", "attributes": ["jazz"]}')), "line 1", '"attributes" must be an object')
+    refused(prepare(music / "a.wav"), "neither a folder of audio nor a JSONL manifest")
+    refused(prepare(music, "--no-captions", "--valid_fraction", "2"), "--valid_fraction between 0 and 1")
+    refused(prepare(music, "--no-captions", "--out", music), "is there already and is no data set")
+    assert prepare(music, "--no-captions")[0] == 0
+    refused(prepare(music, "--no-captions", "--valid_fraction", "0.3"), "holds other data")
+
+
+def test_too_few_usable_tracks(command, music, tmp_path):
+    (music / "b.wav").write_bytes(b"RIFF")
+    refused(command(data, "prepare", music, "--out", tmp_path / "out", "--workers", 1, "--no-captions"),
+            "1 usable tracks; at least 2", "b.wav: cannot be read as audio")  # fmt: skip
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_corpus_is_not_written_over_other_files(command, music):
+    refused(command(demo_music, music), "holds other files")
+    refused(command(demo_music, music / "a.wav"), "is not a folder")
+    assert sorted(path.name for path in music.iterdir()) == ["a.wav", "b.wav"]
+
+
+def test_settings_that_the_codec_cannot_serve(command, dataset, tmp_path):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}"]
+    refused(command(train, *args, "--delays=0,1"), "delays [0, 1]: 4 whole numbers are needed")
+    refused(command(train, *args, "--delays=0.5,1,2,3"), "4 whole numbers are needed")
+    refused(command(train, *args, "--segment=0.06"), "a segment of 3 frames leaves a codebook without a target")
+    refused(command(train, *args, "--segment=0.001"), "a segment of 0 frames")
+    refused(command(train, "config/demo.py", f"--data={tmp_path / 'mistyped'}"), "mistyped: not a prepared data set")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "mistyped_audio").exists()
+
+
+def test_data_of_another_codec(command, own_dataset, tmp_path):
+    meta = json.loads((own_dataset / "meta.json").read_text())
+    meta["codec"]["id"] = "tiny-K4-00000000"
+    (own_dataset / "meta.json").write_text(json.dumps(meta))
+    args = [*TOY, f"--data={own_dataset}", f"--out={tmp_path / 'out'}"]
+    refused(command(train, *args), "was prepared with codec tiny-K4-00000000")
+    refused(command(train, *TOY, f"--data={tmp_path}"), "not a prepared data set", "data.py prepare")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_out_of_range_stops_training(command, own_dataset, tmp_path):
+    codes = np.load(own_dataset / "train_000.npy")
+    codes[:] = 512
+    np.save(own_dataset / "train_000.npy", codes)
+    refused(
+        command(train, *TOY, f"--data={own_dataset}", f"--out={tmp_path / 'out'}"), "holds token 512", "data.py check"
+    )
+
+
+def test_settings_that_contradict_the_checkpoint(command, toy_run, dataset):
+    out = toy_run[0]
+    before = (out / "last.pt").read_bytes()
+    args = [*TOY, f"--data={dataset}", f"--out={out}"]
+    refused(command(train, *args, "--dim=64", "--layers=1"), "dim was 32, is 64", "layers was 2, is 1", "another --out")
+    refused(command(train, *args, "--resume=False"), "a run is there")
+    assert (out / "last.pt").read_bytes() == before
+
+
+def test_devices_that_are_not_there(command, dataset):
+    if not torch.cuda.is_available():
+        refused(command(train, *TOY, f"--data={dataset}", "--device=cuda"), "device = 'cuda': not on this machine")
+    refused(command(train, *TOY, f"--data={dataset}", "--device=abacus"), "device = 'abacus'")
+
+
+def test_checkpoints_that_are_not(command, toy_run, tmp_path):
+    whole = (toy_run[0] / "best.pt").read_bytes()
+    broken = tmp_path / "broken.pt"
+    for tenths in range(10):
+        broken.write_bytes(whole[: len(whole) * tenths // 10])
+        refused(command(sample, broken, "x", "--out", tmp_path / "s"), "broken.pt: truncated, or not a checkpoint")
+    torch.save({"weights": torch.zeros(3)}, broken)
+    refused(command(sample, broken, "x"), "not a checkpoint of nanoMusicGen")
+    refused(command(sample, toy_run[0] / "last.pt", "x"), "is a 'last' checkpoint", "try best.pt")
+    refused(command(sample, tmp_path / "none.pt", "x"), "none.pt: no such checkpoint")
+    saved = torch.load(toy_run[0] / "best.pt", weights_only=True)
+    torch.save({**saved, "nanomusicgen": 99}, broken)
+    refused(command(sample, broken, "x"), "format 99, newer than this code's")
+    assert not (tmp_path / "s").exists()
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("bomb_went_off", "w")
+
+
+def test_a_pickle_bomb_does_not_go_off(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"nanomusicgen": 1, "kind": "best", "model": Bomb()}, "bomb.pt")
+    refused(command(sample, "bomb.pt", "x"), "bomb.pt: truncated, or not a checkpoint")
+    assert not (tmp_path / "bomb_went_off").exists()
+
+
+def test_sampling_requests_that_make_no_sense(command, toy_run, tmp_path):
+    best = toy_run[0] / "best.pt"
+    for duration in ("0", "-1", "nan", "inf"):
+        refused(command(sample, best, "x", "--duration", duration), "must be above 0 seconds")
+    soundfile.write(tmp_path / "long.wav", TONE, 16_000)
+    args = ("--continue", tmp_path / "long.wav", "--duration", "1")
+    refused(command(sample, best, "x", *args), "2.0 s long, and --duration is 1 s", "make --duration longer")
+    refused(command(sample, best, "x", "--continue", tmp_path / "no.wav"), "no.wav: cannot be read as audio")
+    refused(command(sample, best, "x", "--temperature", "-1"), "--temperature must be 0 or above")
+    refused(command(sample, best, "x", "--cfg", "nan"), "--cfg nan: must be a number")
+    refused(command(sample, best, "x", "--device", "abacus"), "device = 'abacus': not on this machine")
+    soundfile.write(tmp_path / "empty.wav", TONE[:0], 16_000)
+    refused(command(sample, best, "x", "--continue", tmp_path / "empty.wav"), "empty.wav: holds no samples")
+    (tmp_path / "file").touch()
+    refused(command(sample, best, "x", "--out", tmp_path / "file" / "s"), "cannot be written to")

@@ -1,0 +1,191 @@
+import io
+import math
+
+import pytest
+import sentencepiece
+import torch
+
+from config import Settings
+from model import MusicLM, choose_codes
+
+CODEC = dict(K=4, card=64, frame_rate=50)
+PIANO, ORGAN = {"text": "a slow piano melody"}, {"text": "fast organ chords with drums and a long coda"}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([PIANO["text"], ORGAN["text"]] * 5), model_writer=model, vocab_size=400,
+        model_type="unigram", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def make_model(tokenizer, lively=True, codec=CODEC, **settings):
+    """A small model; `lively` gives it weights large enough that every path shows in the logits."""
+    torch.manual_seed(0)
+    sizes = dict(dim=32, heads=2, layers=2, text_dim=32, text_heads=2, text_layers=1, segment=0.4)
+    model = MusicLM(Settings(**{**sizes, **settings}), codec, tokenizer).eval()
+    if lively:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def batch(model, B=3, T=12):
+    codes = torch.randint(0, model.card, (B, model.K, T))
+    valid = torch.ones(B, T, dtype=torch.bool)
+    valid[1, 7:] = False
+    return codes, valid, model.conditioner.prepare([PIANO, {}, ORGAN][:B], "cpu")
+
+
+@pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
+def test_loss_in_pattern_order_equals_loss_on_aligned_logits(tokenizer, pattern):
+    model = make_model(tokenizer, pattern=pattern)
+    codes, valid, inputs = batch(model)
+    ce_sum, count = model(codes, valid, inputs)
+    nll = -model.aligned_logits(codes, inputs).log_softmax(-1).gather(-1, codes[..., None])[..., 0]
+    mask = valid[:, None] & model.pattern(12, training=True).frame_mask
+    assert count.tolist() == mask.sum((0, 2)).tolist()
+    torch.testing.assert_close(ce_sum, nll.masked_fill(~mask, 0).sum((0, 2)))
+
+
+@pytest.mark.parametrize("card", [64, 512, 2048])
+def test_loss_at_init_is_within_2_percent_of_uniform(tokenizer, card):
+    model = make_model(tokenizer, lively=False, codec={**CODEC, "card": card}, dim=128)
+    ce_sum, count = model(*batch(model))
+    assert (ce_sum / count).mean().item() == pytest.approx(math.log(card), rel=0.02)
+
+
+def test_padding_and_neighbours_never_change_a_sample(tokenizer):
+    model = make_model(tokenizer)
+    codes = torch.randint(0, 64, (2, 4, 12))
+    together = model.aligned_logits(codes, model.conditioner.prepare([PIANO, ORGAN], "cpu"))
+    alone = model.aligned_logits(codes[:1], model.conditioner.prepare([PIANO], "cpu"))
+    torch.testing.assert_close(together[:1], alone, equal_nan=True, rtol=1e-4, atol=1e-5)
+    padded = codes.clone()
+    padded[:, :, 9:] = 0  # seen from frame 10 - k of codebook k on
+    later = model.aligned_logits(padded, model.conditioner.prepare([PIANO, ORGAN], "cpu"))
+    torch.testing.assert_close(together[:, :, :7], later[:, :, :7], rtol=1e-4, atol=1e-5)
+
+
+def test_padded_frames_leave_the_loss(tokenizer):
+    model = make_model(tokenizer)
+    codes, valid, inputs = batch(model)
+    changed = codes.clone()
+    changed[1, :, 7:] = 5
+    torch.testing.assert_close(model(codes, valid, inputs), model(changed, valid, inputs))
+
+
+def test_a_codebook_without_valid_positions_counts_none(tokenizer):
+    model = make_model(tokenizer)
+    ce_sum, count = model(
+        torch.zeros(1, 4, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool), batch(model, 1)[2]
+    )
+    assert count.tolist() == [2, 1, 0, 0] and ce_sum[2:].tolist() == [0, 0]
+
+
+def test_every_parameter_gets_gradient(tokenizer):
+    model = make_model(tokenizer).train()
+    ce_sum, count = model(*batch(model))
+    (ce_sum / count).mean().backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert dead == []
+
+
+def test_the_null_starts_at_zero_and_so_does_its_cross_attention(tokenizer):
+    model = make_model(tokenizer, lively=False)
+    states, mask = model.conditioner(model.conditioner.prepare([{}, {"text": ""}, PIANO], "cpu"))
+    assert mask.sum(1).tolist()[:2] == [1, 1] and mask[2].sum() > 1
+    assert states[:2].abs().max() == 0 and states[2].abs().max() > 0
+    assert model.blocks[0].cross_kv(states)[0].abs().max() == 0
+
+
+def test_text_changes_the_logits(tokenizer):
+    model = make_model(tokenizer)
+    codes = torch.randint(0, 64, (1, 4, 12)).expand(2, -1, -1)
+    logits = model.aligned_logits(codes, model.conditioner.prepare([PIANO, ORGAN], "cpu")).nan_to_num()
+    assert (logits[0] - logits[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
+@pytest.mark.parametrize("prompted", [False, True])
+def test_cached_generation_equals_uncached(tokenizer, pattern, prompted):
+    """Greedy generation with the cache, against the likeliest code of a full forward pass at every step."""
+    model = make_model(tokenizer, pattern=pattern)
+    prompt = torch.randint(0, 64, (1, 4, 5)) if prompted else None
+    codes = model.generate([ORGAN], 14, prompt, cfg=2.5, temperature=0)
+    whole = model.pattern(14)
+    sequence = whole.build(codes, model.special)
+    logits = []
+    for condition in (ORGAN, {}):
+        states, mask = model.conditioner(model.conditioner.prepare([condition], "cpu"))
+        logits.append(model.logits(model.hidden(sequence, states, mask)).transpose(1, 2))
+    guided = whole.align_logits(logits[1] + 2.5 * (logits[0] - logits[1]))
+    first = 5 if prompted else 0
+    assert torch.equal(guided.argmax(-1)[:, :, first:], codes[:, :, first:])
+
+
+def test_a_take_is_the_same_alone_and_in_a_batch(tokenizer):
+    model = make_model(tokenizer)
+    together = model.generate([PIANO, ORGAN, {}], 15, seeds=[3, 4, 5])
+    for row, (condition, seed) in enumerate(((PIANO, 3), (ORGAN, 4), ({}, 5))):
+        assert torch.equal(model.generate([condition], 15, seeds=[seed])[0], together[row])
+    assert not torch.equal(model.generate([PIANO], 15, seeds=[9])[0], together[0])
+
+
+def test_prompt_is_kept_and_length_is_as_asked_past_the_trained_length(tokenizer):
+    model = make_model(tokenizer)  # trained on 20 frames
+    prompt = torch.randint(0, 64, (2, 4, 30))
+    reports = []
+    codes = model.generate([PIANO, {}], 57, prompt, progress=reports.append)
+    assert codes.shape == (2, 4, 57) and torch.equal(codes[:, :, :30], prompt)
+    assert codes.min() >= 0 and codes.max() < 64
+    assert reports == sorted(reports) and reports[-1] == 57
+    assert torch.equal(codes, model.generate([PIANO, {}], 57, prompt))
+
+
+def test_without_conditions_or_with_cfg_1_the_batch_is_not_doubled(tokenizer, monkeypatch):
+    model = make_model(tokenizer)
+    rows = []
+    original = model.hidden
+    monkeypatch.setattr(
+        model, "hidden", lambda sequence, *rest: rows.append(len(sequence)) or original(sequence, *rest)
+    )
+    model.generate([{}, {}], 3, cfg=3.0)
+    model.generate([PIANO, ORGAN], 3, cfg=1.0)
+    assert set(rows) == {2}
+    model.generate([PIANO, ORGAN], 3, cfg=3.0)
+    assert rows[-1] == 4
+
+
+def test_choice_follows_the_distribution_within_top_k_and_top_p():
+    probs = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    logits = probs.log().expand(20_000, 1, 4)
+    uniform = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
+
+    def frequencies(**choice):
+        codes = choose_codes(logits, uniform, **{"temperature": 1.0, "top_k": 0, "top_p": 0.0, **choice})
+        return torch.bincount(codes[:, 0], minlength=4) / 20_000
+
+    torch.testing.assert_close(frequencies(), probs, atol=0.015, rtol=0)
+    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7]), atol=0.015, rtol=0)
+    torch.testing.assert_close(frequencies(top_p=0.6), torch.tensor([0, 4 / 7, 0, 3 / 7]), atol=0.015, rtol=0)
+    torch.testing.assert_close(frequencies(top_p=0.3, top_k=3), torch.tensor([0, 1.0, 0, 0]))
+    assert frequencies(temperature=0)[1] == 1
+    sharp = probs**2 / (probs**2).sum()
+    torch.testing.assert_close(frequencies(temperature=0.5), sharp, atol=0.015, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_agrees_with_cpu(tokenizer):
+    model = make_model(tokenizer)
+    codes, valid, inputs = batch(model)
+    on_cpu = model(codes, valid, inputs)[0]
+    model.cuda()
+    on_gpu = model(codes.cuda(), valid.cuda(), {key: tuple(t.cuda() for t in ts) for key, ts in inputs.items()})[0]
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
+    assert model.generate([PIANO], 15).shape == (1, 4, 15)
