@@ -25,11 +25,11 @@ from codec import load_codec, mel_spectrogram
 from config import UserError
 from model import load_model, pick_device
 
-LARGEST_CLASS_COUNT = 10  # an attribute with more values than this is no class to probe for
+LARGEST_CLASS_COUNT = 7  # an attribute with more values than this is no class to probe for
 
 
 def attributes_of(tokens):
-    """The attributes to probe: metadata that is text and takes 2 to 10 values -> {name: [values]}."""
+    """The attributes to probe: metadata that is text and takes 2 to 7 values -> {name: [values]}."""
     values = {}
     for track in tokens.tracks:
         for key, value in track["metadata"].items():

@@ -179,6 +179,7 @@ class MusicLM(nn.Module):
         Returns (ce_sum, count), float32 [K] each: cross-entropy in nats over the positions that count, and their
         number. The loss is (ce_sum / count).mean().
         """
+        codes = codes.masked_fill(~valid[:, None], self.special)  # as after the end of a generated sequence
         sequence = self.pattern(codes.shape[-1], training=True).build(codes, self.special)
         mask = self.loss_mask(valid)
         target = sequence[:, :, 1:].masked_fill(~mask, -100).transpose(1, 2)
@@ -244,7 +245,7 @@ class MusicLM(nn.Module):
             sequence[:, :, step] = torch.where(slot == unknown, chosen, slot)
             done = step
             if progress:
-                progress(min(length, step * length // (pattern.S - 1)))
+                progress(max(T, step * length // (pattern.S - 1)))
         return pattern.revert(sequence, self.special)
 
 

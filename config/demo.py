@@ -16,10 +16,11 @@ text_dim = 128
 text_heads = 4
 text_layers = 2
 
-steps = 3800
+steps = 3500
 lr = 1e-3
 warmup = 100
-epoch = 950
+beta2 = 0.99
+epoch = 875
 ema_decay = 0.99
 valid_items = 96
 
