@@ -35,7 +35,7 @@ ATTRIBUTES = {
 FRAME = SAMPLE_RATE // 50
 # Frames in a beat, beats in a clip (6.4 to 8 s in all) and half bars on a chord, for slow clips have few bars:
 TEMPI = {"slow": (44, (8,), 1), "medium": (30, (12,), 2), "fast": (20, (16, 20), 2)}
-TONICS = {"C": 60, "D": 62, "G": 67, "A": 69}
+TONICS = {"C": 60, "D": 62, "E": 64, "F": 65, "G": 67, "A": 69}
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 PROGRESSIONS = [(0, 4, 5, 3), (0, 3, 4, 0), (0, 5, 3, 4), (0, 3, 0, 4), (0, 4, 3, 4)]  # degrees of the scale, from 0
 RHYTHMS = [(1, 1), (1, 0.5, 0.5), (0.5, 0.5, 1), (1.5, 0.5), (0.5, 0.5, 0.5, 0.5)]  # beats of the notes in half a bar
@@ -126,7 +126,7 @@ def play(hertz, samples, ratios, gains, decays=0, vibrato=0, breath=0, attack=0.
     wave = gains * (freqs < 0.47 * SAMPLE_RATE) * np.exp(-decays * t) * np.sin(2 * np.pi * freqs * swing + phases)
     wave = wave.sum(0) + breath * np.random.default_rng(0).standard_normal(len(t), np.float32)
     wave *= 0.25 / np.sqrt((wave[:1600] ** 2).mean())  # as loud at its start in every voice
-    return (wave * np.minimum(1, t / attack) * np.linspace(1, 0, samples, dtype=np.float32) ** 2).astype(np.float32)
+    return (wave * np.minimum(1, t / attack) * np.linspace(1, 0, samples, dtype=np.float32)).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -203,7 +203,7 @@ def make_clip(seed, index):
         wave = render_note(attributes["instrument"], midi, int(length * beat))
         add(wave, int(start * beat), (0.45 if texture == "chords" else 0.8) * (1 if start % 2 == 0 else 0.85))
     for delay in ECHOES:
-        mix[delay:] += 0.08 * mix[:-delay]
+        mix[delay:] += 0.15 * mix[:-delay]
     line, kick = pick(rng, BASS_LINES), pick(rng, KICKS)
     for i in range(beats):
         midi = triad(chords[i // 2], mode, tonic, 40)[line[i % 4]]

@@ -19,7 +19,6 @@ text_layers = 2
 steps = 3500
 lr = 1e-3
 warmup = 100
-beta2 = 0.99
 epoch = 875
 ema_decay = 0.99
 valid_items = 96

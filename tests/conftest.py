@@ -17,8 +17,9 @@ import data  # noqa: E402
 import demo_music  # noqa: E402
 
 TOY = (
-    "--dim=32 --heads=2 --layers=2 --text_dim=32 --text_heads=2 --text_layers=1 --segment=1 --batch_size=4 --micro_batch=0 --steps=6"
-    " --epoch=3 --log_every=1 --warmup=2 --samples=1 --valid_items=4 --evaluate=False --device=cpu --dtype=float32"
+    "--dim=32 --heads=2 --layers=2 --text_dim=32 --text_heads=2 --text_layers=1 --segment=1 --batch_size=4 --steps=6"
+    " --epoch=3 --log_every=1 --warmup=2 --samples=1 --valid_items=4 --evaluate=False --micro_batch=0 --device=cpu"
+    " --dtype=float32"
 ).split()
 
 
