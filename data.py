@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,15 +95,14 @@ def find_tracks(music, captions_needed):
     tracks = []
     for path, entry in tracks_of_folder(music) if music.is_dir() else tracks_of_manifest(music):
         caption = " ".join(str(entry.pop("caption", "") or "").split())
-        metadata = {**entry, **entry.pop("attributes", {})}
-        metadata.pop("attributes", None)
+        attributes = entry.pop("attributes", {})
         name = os.path.relpath(path, root)
-        tracks.append(dict(path=str(path), name=name, caption=caption, metadata=metadata))
-    names = [track["name"] for track in tracks]
-    if twice := next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None:
-        raise UserError(f"{music}: names {twice} more than once; each track is needed once")
+        tracks.append(dict(path=str(path), name=name, caption=caption, metadata={**entry, **attributes}))
     if not tracks:
         raise UserError(f"{music}: holds no audio ({', '.join(sorted(SUFFIXES))})")
+    name, times = Counter(track["name"] for track in tracks).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{music}: names {name} more than once; each track is needed once")
     if captions_needed and not any(track["caption"] for track in tracks):
         raise UserError(
             f"{music}: none of its {len(tracks)} tracks has a caption; put one beside each as a .txt of the same name,"
