@@ -62,10 +62,10 @@ def load_audio(path, sample_rate, channels=1):
     return torch.from_numpy(np.ascontiguousarray(soxr.resample(wav, rate, sample_rate).T, dtype=np.float32))
 
 
-def write_wav(folder, caption, seed, wav, sample_rate):
-    """wav [channels, samples] -> folder/CAPTION_SEED.wav; returns the path."""
+def write_wav(folder, caption, seed, wav, sample_rate, suffix=""):
+    """wav [channels, samples] -> folder/CAPTION_SEED.wav, any `suffix` before the dot; returns the path."""
     slug = re.sub(r"\W+", "_", caption.lower())[:60].strip("_") or "no_caption"
-    path = Path(folder, f"{slug}_{seed}.wav")
+    path = Path(folder, f"{slug}_{seed}{suffix}.wav")
     soundfile.write(path, wav.clamp(-1, 1).T.cpu().numpy(), sample_rate)
     return path
 

@@ -7,11 +7,12 @@ attribute. It starts at zero: attention to it gives zero, as in MusicGen's uncon
 To add an attribute: an embedder with `prepare` and `forward` like TextEmbedder's, a line in Conditioner, its draw in
 `draw_conditions`, and its value wherever a caller gives {"text": ...}.
 
-Letters: B batch, L condition length in tokens, D model width.
+Letters: B batch, L condition length in tokens, D model width, T' chroma frames.
 """
 
 import sentencepiece
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -36,6 +37,28 @@ def draw_conditions(caption, metadata, rng, settings):
         caption = " ".join(word for word, draw in zip(words, rng.random(len(words))) if draw >= settings.word_dropout)
     dropped = drop_all < settings.cfg_dropout or drop_text < settings.text_dropout
     return {"text": None if dropped else caption}
+
+
+def chromagram(wav, sample_rate):
+    """wav [B, samples], full scale 1 -> each pitch class's share of a frame's energy, C first: [B, 12, T'].
+
+    8 frames a second, each centred on its own hop of sample_rate // 8 samples: T' = ceil(samples / hop). The window is
+    that of MusicGen's melody conditioning (arXiv:2306.05284, section 2.3), 2^14 samples at 32 kHz or 0.512 s: two of
+    its bins make a semitone at C2. The bins from C2 to B7 count for the pitch nearest to them, A4 at 440 Hz. A frame
+    that is below -60 dB of full scale there is silence: all zeros.
+    """
+    hop, n_fft = sample_rate // 8, 2 * round(0.256 * sample_rate)
+    side = (n_fft - hop + 1) // 2
+    wav = F.pad(wav, (side, side + -wav.shape[1] % hop))
+    window = torch.hann_window(n_fft, device=wav.device)
+    power = torch.stft(wav, n_fft, hop, window=window, center=False, return_complex=True).abs().square()
+    hertz = torch.arange(n_fft // 2 + 1, device=wav.device) * (sample_rate / n_fft)
+    pitch = (69 + 12 * (hertz.clamp(min=1) / 440).log2()).round()  # in MIDI's numbers: C2 is 36, C8 108
+    fold = (pitch % 12 == torch.arange(12, device=wav.device)[:, None]) & (pitch >= 36) & (pitch < 108)
+    energy = fold.float() @ power
+    total = energy.sum(1, keepdim=True)
+    mean_square = 2 * total / (n_fft * window.square().sum())  # Parseval's theorem
+    return torch.where(mean_square > 1e-6, energy / total, 0.0)
 
 
 class TextEmbedder(nn.Module):

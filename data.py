@@ -175,31 +175,11 @@ def write_split(folder, split, tracks, tokens):
         shard += 1
 
 
-def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fraction=0.05, min_seconds=1.0,
-            captions=True, vocab_size=1000):  # fmt: skip
-    """Encodes every track once. All is written beside `out` and renamed at the end; what is done survives a stop."""
-    out = Path(out)
-    if workers < 0 or not 0 <= valid_fraction <= 1:
-        raise UserError("--workers must be 0 or above, and --valid_fraction between 0 and 1")
-    codec = load_codec(codec_name, codec_weights)
-    tracks = find_tracks(music, captions)
-    contents = [[t["name"], t["caption"], t["metadata"], os.path.getsize(t["path"])] for t in tracks]
-    digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-    request = dict(music=str(Path(music).resolve()), tracks=digest, codec=codec.id, min_seconds=min_seconds,
-                   valid_fraction=valid_fraction)  # fmt: skip
-    if (out / "meta.json").exists():
-        if json.loads((out / "meta.json").read_text())["request"] == request:
-            return print(f"{out} is prepared already")
-        raise UserError(f"{out}: holds other data; remove it or choose another --out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already and is no data set; choose another --out")
-    work = out.with_name(out.name + ".partial")
-    if (work / "request.json").exists() and json.loads((work / "request.json").read_text()) != request:
-        raise UserError(f"{work}: was begun with other tracks or another codec; remove it to start again")
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(work / "request.json", request)
+def encode_all(work, tracks, codec, codec_name, codec_weights, min_seconds, workers):
+    """Encodes the tracks that `work` does not hold yet, in order -> [{"frames", "skipped"}] for each.
 
-    # journal.jsonl has a line per finished track, in order; tokens.bin may run ahead of it by what a crash cut off.
+    journal.jsonl has a line per finished track; tokens.bin may run ahead of it by what a crash cut off.
+    """
     journal = work / "journal.jsonl"
     journal.touch()
     done = [json.loads(line) for line in journal.read_text().splitlines(True) if line.endswith("\n")]
@@ -226,7 +206,34 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
                 done.append(entry)
                 bar.update()
                 bar.set_postfix(minutes=f"{frames / codec.frame_rate / 60:.1f}", refresh=False)
+    return done
 
+
+def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fraction=0.05, min_seconds=1.0,
+            captions=True, vocab_size=1000):  # fmt: skip
+    """Encodes every track once. All is written beside `out` and renamed at the end; what is done survives a stop."""
+    out = Path(out)
+    if workers < 0 or not 0 <= valid_fraction <= 1:
+        raise UserError("--workers must be 0 or above, and --valid_fraction between 0 and 1")
+    codec = load_codec(codec_name, codec_weights)
+    tracks = find_tracks(music, captions)
+    contents = [[t["name"], t["caption"], t["metadata"], os.path.getsize(t["path"])] for t in tracks]
+    digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+    request = dict(music=str(Path(music).resolve()), tracks=digest, codec=codec.id, min_seconds=min_seconds,
+                   valid_fraction=valid_fraction)  # fmt: skip
+    if (out / "meta.json").exists():
+        if json.loads((out / "meta.json").read_text())["request"] == request:
+            return print(f"{out} is prepared already")
+        raise UserError(f"{out}: holds other data; remove it or choose another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already and is no data set; choose another --out")
+    work = out.with_name(out.name + ".partial")
+    if (work / "request.json").exists() and json.loads((work / "request.json").read_text()) != request:
+        raise UserError(f"{work}: was begun with other tracks or another codec; remove it to start again")
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(work / "request.json", request)
+
+    done = encode_all(work, tracks, codec, codec_name, codec_weights, min_seconds, workers)
     kept, skipped, first = [], [], 0
     for track, entry in zip(tracks, done):
         if entry["skipped"]:
@@ -243,7 +250,7 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         "train": [t for t in kept if t["name"] not in held_out],
         "valid": [t for t in kept if t["name"] in held_out],
     }
-    tokens = np.memmap(work / "tokens.bin", np.uint16, "r", shape=(frames, codec.K))
+    tokens = np.memmap(work / "tokens.bin", np.uint16, "r", shape=(first, codec.K))
     for split, side in sides.items():
         write_split(work, split, side, tokens)
     (work / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped), encoding="utf-8")
@@ -269,6 +276,7 @@ class Batch(NamedTuple):
     valid: torch.Tensor  # bool [B, T], False on padding
     conditions: list  # B dicts, see conditioning.py
     tracks: list  # B dicts, as in the shard's .jsonl
+    lengths: torch.Tensor  # int64, unpadded frames of each item of the global batch, of which these B may be a share
 
 
 def load_meta(folder):
@@ -316,7 +324,7 @@ class Tokens:
             )
         return codes
 
-    def collate(self, items, T, conditions):
+    def collate(self, items, T, conditions, everywhere=None):
         """items: (track, first frame) -> a Batch of T frames, shorter tracks padded."""
         codes = torch.zeros(len(items), self.K, T, dtype=torch.int64)
         valid = torch.zeros(len(items), T, dtype=torch.bool)
@@ -324,18 +332,26 @@ class Tokens:
             found = torch.from_numpy(self.codes(track, start, T).T.astype(np.int64))
             codes[row, :, : found.shape[1]] = found
             valid[row, : found.shape[1]] = True
-        return Batch(codes, valid, conditions, [track for track, _ in items])
+        lengths = torch.tensor([min(T, track["frames"] - start) for track, start in everywhere or items])
+        return Batch(codes, valid, conditions, [track for track, _ in items], lengths)
 
-    def batch(self, step, settings, T):
-        """The batch of a step: a pure function of (seed, step). Tracks come up in proportion to their length."""
+    def batch(self, step, settings, T, rank=0, ranks=1):
+        """One rank's share of a step's batch: a pure function of (seed, step), whatever the number of ranks.
+
+        Tracks come up in proportion to their length.
+        """
         rng = np.random.default_rng([settings.seed, step])
-        items, conditions = [], []
+        items, draws = [], []
         for row, frame in enumerate(rng.integers(self.ends[-1], size=settings.batch_size)):
             track = self.tracks[np.searchsorted(self.ends, frame, side="right")]
             draw = np.random.default_rng([settings.seed, step, row + 1])  # row 0 would repeat the batch's own numbers
             items.append((track, int(draw.integers(max(0, track["frames"] - T) + 1))))
-            conditions.append(draw_conditions(track["caption"], track["metadata"], draw, settings))
-        return self.collate(items, T, conditions)
+            draws.append(draw)
+        share = settings.batch_size // ranks
+        mine = range(rank * share, (rank + 1) * share)
+        conditions = [draw_conditions(items[row][0]["caption"], items[row][0]["metadata"], draws[row], settings)
+                      for row in mine]  # fmt: skip
+        return self.collate([items[row] for row in mine], T, conditions, items)
 
     def segments(self, T, most=0):
         """Every track in consecutive pieces of T frames, as (track, first frame); `most` of them, evenly spread."""
@@ -344,12 +360,17 @@ class Tokens:
             pieces = [pieces[i] for i in np.linspace(0, len(pieces) - 1, most).round().astype(int)]
         return pieces
 
-    def batches(self, T, batch_size, most=0):
-        """`segments` in batches, each with its caption and nothing dropped."""
+    def batches(self, T, batch_size, most=0, rank=0, ranks=1):
+        """One rank's share of `segments` in batches, each with its caption and nothing dropped.
+
+        Every rank gets the same number of batches, as FSDP needs; a rank that has none left gets one all padding.
+        """
         pieces = self.segments(T, most)
-        for first in range(0, len(pieces), batch_size):
-            chosen = pieces[first : first + batch_size]
-            yield self.collate(chosen, T, [{"text": track["caption"]} for track, _ in chosen])
+        for first in range(0, len(pieces), batch_size * ranks):
+            chosen = pieces[first + rank * batch_size :][:batch_size]
+            items = chosen or pieces[:1]
+            batch = self.collate(items, T, [{"text": track["caption"]} for track, _ in items])
+            yield batch if chosen else batch._replace(valid=torch.zeros_like(batch.valid))
 
     def histogram(self):
         """How often each code occurs, int64 [K, card]."""

@@ -1,31 +1,81 @@
-"""Does the music follow its caption? A probe listens, beside chance and real music.
+"""What `evaluate` measures: is it music, does it follow its caption, and how fast does it come?
 
-    python metrics.py out/demo [--clips 60]
+    python metrics.py out/demo [--clips 60] [--cfg 3] [--device cpu]
 
-Caption adherence: a ridge regression on pooled features of real clips (decoded from their codes, so that the codec's
-own losses are in both) learns to tell each attribute stored with the data set: instrument, tempo, drums ... It is
-scored on held-out real clips and on clips generated for the held-out captions.
+Clips are generated for the captions of held-out tracks, and compared with the first segment of those tracks. All real
+music is decoded from its codes too, so that the codec's own losses are on both sides.
 
-Letters: N clips, F features, C classes.
+Fréchet distance   between Gaussians of the codec's latents; of VGGish's in FAD (arXiv:1812.08466). A frame is stacked
+                   with the next one: by frames alone, codes drawn at random with the right frequency pass for music.
+chroma similarity  mean cosine of the pitch classes, frame by frame: are melody and harmony the same?
+caption adherence  a probe, ridge regression on pooled features of real clips, learns to tell each attribute stored with
+                   the data set: instrument, tempo, drums ... How often does it hear what the caption asks for?
+real-time factor   seconds of music generated in a second.
+
+Letters: N clips, K codebooks, T frames, T' chroma frames, D size of a vector, F features, C classes.
 """
 
 import argparse
-import functools
-import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
 import data
+import distributed
 from codec import load_codec, mel_spectrogram
+from conditioning import chromagram
 from config import UserError
 from model import load_model, pick_device
 
 LARGEST_CLASS_COUNT = 7  # an attribute with more values than this is no class to probe for
+PROBE_CLIPS = 600  # real clips that the probe learns from, at least, where there are so many
+FLOOR_DRAWS = 10  # sets of real clips whose Fréchet distances are averaged, at most
+
+
+def watched(items, doing, **bar):
+    """The items one by one, with a progress bar and a beat for the watchdog."""
+    for item in tqdm(items, desc=doing, file=sys.stdout, mininterval=1, leave=False, **{"unit": "clip", **bar}):
+        distributed.beat("evaluating")
+        yield item
+
+
+def gaussian(parts):
+    """Vectors in parts [D, n] -> their mean [D] and covariance [D, D], float64 from running sums, a part at a time."""
+    count = total = outer = 0
+    for x in parts:
+        x = x.cpu().double()
+        count, total, outer = count + x.shape[1], total + x.sum(1), outer + x @ x.T
+    mean = total / count
+    return mean, outer / count - torch.outer(mean, mean)
+
+
+def frechet_distance(a, b):
+    """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians (mean [D], covariance [D, D])."""
+    (mean1, cov1), (mean2, cov2) = a, b
+    values, vectors = torch.linalg.eigh(cov1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()  # C1 C2 has the same eigenvalues
+    return max(0.0, float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross))
+
+
+def latent_gaussian(codec, clips):
+    """Clips, codes [K, T] of any lengths -> the Gaussian of their latents, each frame stacked with the next one."""
+    latents = (codec.latents(codes[None])[0] for codes in clips)
+    return gaussian(torch.cat([z[:, :-1], z[:, 1:]]) for z in latents)
+
+
+def chroma_similarity(a, b):
+    """Mean cosine of two chromagrams [12, T'] over the frames that sound in both; 0 where none does."""
+    frames = min(a.shape[1], b.shape[1])
+    a, b = a[:, :frames], b[:, :frames]
+    sound = (a.sum(0) > 0) & (b.sum(0) > 0)
+    return float(F.cosine_similarity(a[:, sound], b[:, sound], dim=0).mean()) if sound.any() else 0.0
 
 
 def attributes_of(tokens):
@@ -73,38 +123,14 @@ class Probe:
         return float(np.mean([self.classes[i] == label for i, label in zip(heard, labels)]))
 
 
-def decoded_features(codec, codes, batch_size=8):
-    """codes [N, K, T] -> [N, F] on the CPU."""
-    parts = [codec.decode(part)[:, 0] for part in codes.split(batch_size)]
-    return torch.cat([features(part, codec.sample_rate).cpu() for part in parts])
+def adherence(attributes, known, x, asked, heard):
+    """The share of clips in which the probe hears what is asked for: {attribute: {"chance", and every name in heard}}.
 
-
-def real_features(codec, tokens, tracks, T, name):
-    """Features [N, F] of the first T frames of each track, or of all of it if it is shorter."""
-    rows = []
-    for track in tqdm(tracks, desc=f"listening to {name}", unit="clip", file=sys.stdout, mininterval=1, leave=False):
-        codes = torch.from_numpy(tokens.codes(track, 0, T).T.astype(np.int64))
-        rows.append(decoded_features(codec, codes[None]))
-    return torch.cat(rows)
-
-
-def adherence(model, codec, train_data, valid_data, s, probe_clips=600):
-    """The share of clips in which the probe hears what the caption asked for.
-
-    -> {attribute: {"chance", "real", "cfg 3", "cfg 1", "no text"}}, with the cfg of the settings in the place of 3.
-    Every column is over the same first `evaluate_clips` held-out tracks: `real` is their own music, `chance` always
-    names their commonest class, `no text` generates without the caption, which is what conditioning has to beat.
+    The probe learns from the tracks `known`, with features x [N, F]; heard is {name: features [N, F]} of clips for the
+    tracks `asked`. Chance always names their commonest class. Tracks without the attribute are left out.
     """
-    T = model.trained_frames
-    known = train_data.tracks[:: max(1, len(train_data.tracks) // probe_clips)]
-    asked = valid_data.tracks[: s.evaluate_clips]
-    heard = {"real": real_features(codec, valid_data, asked, T, "held-out clips")}
-    for name, cfg, text in ((f"cfg {s.cfg:g}", s.cfg, True), ("cfg 1", 1.0, True), ("no text", 1.0, False)):
-        conditions = [{"text": track["caption"]} if text else {} for track in asked]
-        heard[name] = decoded_features(codec, generate_many(model, conditions, T, cfg, s, name))
-    x = real_features(codec, train_data, known, T, "training clips")
     table = {}
-    for attribute, classes in attributes_of(train_data).items():
+    for attribute, classes in attributes.items():
         rows = [i for i, track in enumerate(known) if track["metadata"].get(attribute) in classes]
         asking = [i for i, track in enumerate(asked) if track["metadata"].get(attribute) in classes]
         if not rows or not asking:  # an attribute that only other tracks have
@@ -116,32 +142,124 @@ def adherence(model, codec, train_data, valid_data, s, probe_clips=600):
     return table
 
 
-def generate_many(model, conditions, T, cfg, s, name, batch_size=32):
-    """Codes [N, K, T] for N conditions, seeds 0 to N - 1, with a progress bar."""
-    codes = []
-    bar = tqdm(total=len(conditions) * T, desc=f"generating, {name}", unit="frame", file=sys.stdout, mininterval=1,
-               leave=False)  # fmt: skip
-    choice = dict(cfg=cfg, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
-    for first in range(0, len(conditions), batch_size):
-        part = conditions[first : first + batch_size]
-        progress = functools.partial(
-            lambda before, clips, done: bar.update(before + done * clips - bar.n), first * T, len(part)
-        )
-        seeds = range(first, first + len(part))
-        codes.append(model.generate(part, T, seeds=seeds, progress=progress, **choice))
+def generate_many(model, conditions, T, cfg, s, name, prompts=None, batch_size=32):
+    """Codes int64 [N, K, T] for N conditions and seeds 0 to N - 1, on the CPU of every rank. All ranks must call it.
+
+    Rank r makes clips r, r + size, ...; a clip is the same whoever makes it. prompts: codes [N, K, T'] to go on from.
+    """
+    mine = range(distributed.rank(), len(conditions), distributed.size())
+    bar = tqdm(total=len(mine) * T, desc=f"generating, {name}", unit="frame", file=sys.stdout, mininterval=1,
+               leave=False, disable=distributed.rank() > 0)  # fmt: skip
+    parts = [torch.zeros(0, model.K, T, dtype=torch.int64)]
+    for first in range(0, len(mine), batch_size):
+        seeds = mine[first : first + batch_size]
+
+        def progress(done, before=first, clips=seeds):
+            bar.update(before * T + done * len(clips) - bar.n)
+            distributed.beat("evaluating")
+
+        codes = model.generate(
+            [conditions[i] for i in seeds], T, prompt=None if prompts is None else prompts[seeds], cfg=cfg,
+            temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seeds=seeds, progress=progress,
+        )  # fmt: skip
+        parts.append(codes.cpu())
     bar.close()
-    return torch.cat(codes)
+    shares = distributed.gather(torch.cat(parts))
+    codes = torch.zeros(len(conditions), model.K, T, dtype=torch.int64)
+    for rank, share in enumerate(shares):
+        codes[rank :: len(shares)] = share
+    return codes
 
 
-def print_adherence(table):
-    if not table:
-        return print("no attribute is known of both the training and the held-out tracks")
-    columns = list(next(iter(table.values())))
+def clip_of(tokens, track, frames):
+    """Codes int64 [K, T] of the first `frames` frames of a track, or of all of it if it is shorter."""
+    return torch.from_numpy(tokens.codes(track, 0, frames).T.astype(np.int64))
+
+
+def listen(codec, clips, hear):
+    """Clips, codes [K, T] -> `hear(wav [1, samples], sample_rate)` of each on the CPU, decoded one by one."""
+    return [hear(codec.decode(codes[None]).mean(1), codec.sample_rate).cpu() for codes in clips]
+
+
+def frechet_floor(codec, train_data, real, target):
+    """Fréchet distance to `target`, the Gaussian of the clips `real`, from as many training clips of the same lengths.
+
+    The mean over up to FLOOR_DRAWS sets of training tracks, because a few dozen clips may happen to be near or far.
+    """
+    step = max(1, len(train_data.tracks) // len(real))  # a set is every step-th track
+    distances = []
+    for first in watched(range(0, step, -(-step // FLOOR_DRAWS)), "real music against real", unit="set"):
+        pairs = zip(train_data.tracks[first::step], real)
+        clips = (clip_of(train_data, track, held_out.shape[1]) for track, held_out in pairs)
+        distances.append(frechet_distance(latent_gaussian(codec, clips), target))
+    return float(np.mean(distances))
+
+
+def evaluate(model, codec, train_data, valid_data, s):
+    """Measures the model on the first `evaluate_clips` held-out tracks. All ranks must call it, and get the same dict:
+
+    clips                  how many
+    fad, fad_real          Fréchet distance from the held-out clips to those generated for their captions, cut to the
+                           same lengths; and to training clips, which is the floor
+    chroma, chroma_chance  similarity of each held-out clip to the one generated for it; and to the one for the next.
+                           Only the difference tells: noise, whose pitches are all equal, is similar to anything
+    rtf                    seconds of music a second, all ranks together, with the guidance of the settings: from
+                           captions to codes, the text encoder and the gathering of the codes included, decoding not
+    adherence              {attribute: {"chance", "real", "cfg 3", "cfg 1", "no text"}}, shares of clips, with the cfg
+                           of the settings in the place of 3. `real` is the held-out music; `no text` is generated
+                           without the caption, which is what conditioning has to beat. {} without captions, or
+                           without an attribute that training and held-out tracks share
+    """
+    T, asked = model.trained_frames, valid_data.tracks[: s.evaluate_clips]
+    attributes = attributes_of(train_data) if any(track["caption"] for track in asked) else {}
+
+    conditions, guided = [{"text": track["caption"]} for track in asked], f"cfg {s.cfg:g}"
+    distributed.wait()
+    start = time.perf_counter()
+    made = {guided: generate_many(model, conditions, T, s.cfg, s, guided)}
+    seconds = time.perf_counter() - start  # the slowest rank's, for which the others wait
+    for name, given in (("cfg 1", conditions), ("no text", [{} for _ in asked])):
+        if attributes and name not in made:
+            made[name] = generate_many(model, given, T, 1.0, s, name)
+    if distributed.rank() > 0:
+        return distributed.gather(None)[0]
+
+    real = [clip_of(valid_data, track, T) for track in asked]
+    fake = [codes[:, : held_out.shape[1]] for codes, held_out in zip(made[guided], real)]
+    target = latent_gaussian(codec, real)
+    own = listen(codec, watched(real, "chroma of held-out clips"), chromagram)
+    theirs = listen(codec, watched(fake, "chroma of generated clips"), chromagram)
+    result = {
+        "clips": len(asked),
+        "fad": frechet_distance(latent_gaussian(codec, fake), target),
+        "fad_real": frechet_floor(codec, train_data, real, target),
+        "chroma": float(np.mean([chroma_similarity(a[0], b[0]) for a, b in zip(own, theirs)])),
+        "chroma_chance": float(np.mean([chroma_similarity(a[0], b[0]) for a, b in zip(own, theirs[1:] + theirs[:1])])),
+        "rtf": len(asked) * T / codec.frame_rate / seconds,
+        "adherence": {},
+    }
+    if attributes:
+        heard = {name: torch.cat(listen(codec, watched(clips, f"listening to {name}"), features))
+                 for name, clips in {"real": real, **made}.items()}  # fmt: skip
+        known = train_data.tracks[:: max(1, len(train_data.tracks) // PROBE_CLIPS)]
+        clips = (clip_of(train_data, track, T) for track in watched(known, "listening to training clips"))
+        result["adherence"] = adherence(attributes, known, torch.cat(listen(codec, clips, features)), asked, heard)
+    return distributed.gather(result)[0]
+
+
+def print_table(result):
+    print(f"\nmeasured on {result['clips']} clips, generated for held-out captions")
+    print(f"Fréchet distance of codec latents {result['fad']:9.2f}   floor, real music: {result['fad_real']:.2f}")
+    print(f"chroma similarity to the held-out {result['chroma']:9.2f}   chance: {result['chroma_chance']:.2f}")
+    print(f"real-time factor                  {result['rtf']:9.2f}   seconds of music in a second")
+    if not result["adherence"]:
+        return print("caption adherence: not measured, without captions and attributes on both sides")
+    columns = list(next(iter(result["adherence"].values())))
     print("\ncaption adherence: share of clips in which a probe hears what the caption asks for")
     print(f"{'':12}" + "".join(f"{column:>9}" for column in columns) + f"{'% of real':>11}")
-    for attribute, row in table.items():
-        share = 100 * row[columns[2]] / max(row["real"], 1e-9)
-        print(f"{attribute:12}" + "".join(f"{row[column]:9.2f}" for column in columns) + f"{share:10.0f}%")
+    for attribute, row in result["adherence"].items():
+        share = f"{row[columns[2]] / row['real']:.0%}" if row["real"] else "-"
+        print(f"{attribute:12}" + "".join(f"{row[column]:9.2f}" for column in columns) + f"{share:>11}")
 
 
 def main():
@@ -149,10 +267,11 @@ def main():
     parser.add_argument("run", help="a run's folder, with best.pt in it")
     parser.add_argument("--clips", type=int, default=60, help="held-out captions to generate for")
     parser.add_argument("--cfg", type=float, help="guidance; by default the run's")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto: the first of them that is there")
     args = parser.parse_args()
     if args.clips < 1:
         raise UserError(f"--clips {args.clips}: must be at least 1")
-    device, _ = pick_device()
+    device, _ = pick_device(args.device)
     model, s, about = load_model(Path(args.run, "best.pt"), device)
     s.evaluate_clips, s.cfg = args.clips, s.cfg if args.cfg is None else args.cfg
     codec = load_codec(s.codec, s.codec_weights).to(device)
@@ -161,11 +280,9 @@ def main():
         raise UserError(
             f"{args.run} was trained on codec {about['id']}, and {s.data} holds {train_data.meta['codec']['id']}"
         )
-    if not attributes_of(train_data):
-        raise UserError(f"{s.data}: its tracks have no attributes of 2 to {LARGEST_CLASS_COUNT} values to probe for")
-    table = adherence(model, codec, train_data, valid_data, s)
-    print_adherence(table)
-    Path(args.run, "adherence.json").write_text(json.dumps(table, indent=1) + "\n")
+    result = evaluate(model, codec, train_data, valid_data, s)
+    print_table(result)
+    data.write_json(Path(args.run, "metrics.json"), result)
 
 
 if __name__ == "__main__":

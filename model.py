@@ -9,18 +9,21 @@ codes int64 [B, K, T] in [0, card); sequence [B, K, S] in [0, card], where `card
 
 import math
 import os
+import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from codec import first_line
 from conditioning import Conditioner
 from config import FIELDS, Settings, UserError
 from patterns import make_pattern
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 def pick_device(name="auto", dtype="auto"):
@@ -34,6 +37,18 @@ def pick_device(name="auto", dtype="auto"):
             "cpu": cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)}  # fmt: skip
     dtype = "bfloat16" if dtype == "auto" and fast[name] else "float32" if dtype == "auto" else dtype
     return torch.device(name), getattr(torch, dtype)
+
+
+# Dense bfloat16 and float16 matrix products, 1e12 operations a second, by the maker's data sheets.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121}
+
+
+def peak_flops(device, dtype):
+    """Floating-point operations that the device could do in a second, or None where that is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
 
 
 def sinusoids(start, S, dim, device):
@@ -60,20 +75,27 @@ class KVCache:
         return tuple(store[:, :, :end] for store in self.layers[layer])
 
 
+class LayerNorm(nn.LayerNorm):
+    """In float32 even where FSDP gathers the weights in less, as autocast has it on GPUs; CPUs refuse mixed types."""
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm: causal self-attention, cross-attention to the conditions, GELU feed-forward of 4 D."""
 
     def __init__(self, D, heads, layer):
         super().__init__()
         self.layer, self.heads = layer, heads
-        self.norm1 = nn.LayerNorm(D)
+        self.norm1 = LayerNorm(D)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.attn_out = nn.Linear(D, D, bias=False)
-        self.norm2 = nn.LayerNorm(D)
+        self.norm2 = LayerNorm(D)
         self.cross_q = nn.Linear(D, D, bias=False)
         self.cross_kv = nn.Linear(D, 2 * D, bias=False)
         self.cross_out = nn.Linear(D, D, bias=False)
-        self.norm3 = nn.LayerNorm(D)
+        self.norm3 = LayerNorm(D)
         self.up = nn.Linear(D, 4 * D, bias=False)
         self.down = nn.Linear(4 * D, D, bias=False)
 
@@ -112,6 +134,7 @@ class MusicLM(nn.Module):
         self.K, self.card = codec["K"], codec["card"]
         self.special = self.card
         self.pattern_name, self.delays = settings.pattern, settings.delays or None
+        self.activation_checkpointing = settings.activation_checkpointing
         self.trained_frames = round(settings.segment * codec["frame_rate"])
         self.check_pattern()
         D = settings.dim
@@ -141,7 +164,8 @@ class MusicLM(nn.Module):
                     init(module.weight, 1 / math.sqrt(2 * (block.layer + 1)))
 
     def check_pattern(self):
-        training = make_pattern(self.pattern_name, self.K, max(1, self.trained_frames), self.delays, training=True)
+        with torch.device("cpu"):  # where the weights may be on none yet
+            training = make_pattern(self.pattern_name, self.K, max(1, self.trained_frames), self.delays, training=True)
         if self.trained_frames < 2 or not training.frame_mask.any(1).all():
             raise UserError(
                 f"a segment of {self.trained_frames} frames leaves a codebook without a target; lengthen it"
@@ -158,7 +182,10 @@ class MusicLM(nn.Module):
         x = self.embed(sequence + table).sum(1) + sinusoids(start, S, self.embed.embedding_dim, sequence.device)
         mask = mask[:, None, None, :]
         for block in self.blocks:
-            x = block(x, states, mask, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, states, mask, use_reentrant=False)
+            else:
+                x = block(x, states, mask, cache)
         if cache is not None:
             cache.length += S
         return self.norm(x)
@@ -186,6 +213,16 @@ class MusicLM(nn.Module):
         logits = self.logits(self.hidden(sequence[:, :, :-1], *self.conditioner(inputs)))
         ce = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), ignore_index=-100, reduction="none")
         return ce.view(-1, self.K).sum(0), mask.sum((0, 2)).float()
+
+    def flops(self):
+        """Floating-point operations, forward and backward, of training on one item of the trained length.
+
+        Six for each weight of the blocks and heads at each step, and 12 D S^2 of self-attention a block, its masked
+        half counted in, as is the custom (arXiv:2204.02311, appendix B). The text's own are left out.
+        """
+        S = make_pattern(self.pattern_name, self.K, self.trained_frames, self.delays, training=True).S - 1
+        weights = sum(p.numel() for part in (self.blocks, self.heads) for p in part.parameters())
+        return 6 * weights * S + 12 * len(self.blocks) * self.embed.embedding_dim * S**2
 
     def aligned_logits(self, codes, inputs):
         """Logits in the order of the codes, [B, K, T, card]; NaN where training's cut leaves none. For people."""
@@ -268,12 +305,22 @@ def choose_codes(logits, uniform, temperature, top_k, top_p):
 
 def save_checkpoint(path, kind, **state):
     """Writes to a temporary name, syncs, renames: whatever happens, `path` holds a whole checkpoint or the old one."""
-    temporary = Path(path).with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    path, temporary = Path(path), Path(path).with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(
+            f"{path}: cannot be written ({first_line(error)}); {needed:,} bytes are needed and {free:,} are free; make"
+            f" room and start again. {'The one before it is whole' if path.exists() else 'There was none before it'}"
+        ) from None
 
 
 def read_checkpoint(path, kind):
@@ -281,7 +328,7 @@ def read_checkpoint(path, kind):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train one with: python train.py config/demo.py")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(
             f"{path}: truncated, or not a checkpoint ({first_line(error)}); make it again, or go back to an older one"
@@ -291,6 +338,11 @@ def read_checkpoint(path, kind):
     if saved["nanomusicgen"] > CHECKPOINT_FORMAT:
         raise UserError(
             f"{path}: format {saved['nanomusicgen']}, newer than this code's {CHECKPOINT_FORMAT}; update the code"
+        )
+    if kind == "last" and saved["nanomusicgen"] < 2:
+        raise UserError(
+            f"{path}: format 1, of an older version of this code, which alone can go on from it; to begin a new run"
+            f" with its weights: --init_from={Path(path).with_name('best.pt')} and another --out"
         )
     if saved["kind"] != kind:
         raise UserError(f"{path}: is a '{saved['kind']}' checkpoint, and '{kind}' is needed; try {kind}.pt beside it")

@@ -1,17 +1,19 @@
-"""Trains a MusicGen, top to bottom: restore -> (train, valid, best, generate, commit) per epoch -> evaluate.
+"""Trains a MusicGen, top to bottom: restore -> (train, valid, best, evaluate, generate, commit) per epoch.
 
     python train.py config/demo.py                   # text to music on a laptop, in a quarter of an hour
-    python train.py config/small.py --data=data/mine --batch_size=16
+    torchrun --nproc_per_node=8 train.py config/small.py --data=data/mine
+    torchrun --nproc_per_node=8 train.py config/large.py --data=data/mine --parallel=fsdp
     python train.py --help                           # every setting
 
 Ctrl-C commits at the next step, and the same command goes on from there, bit for bit.
 """
 
-import copy
 import dataclasses
 import json
 import math
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +28,12 @@ from tqdm import tqdm
 import config
 import data
 import demo_music
+import distributed
 import metrics
-from codec import load_codec, write_wav
+import report
+from codec import load_audio, load_codec, write_wav
 from config import UserError
-from model import MusicLM, load_model, pick_device, read_checkpoint, save_checkpoint
+from model import MusicLM, load_model, peak_flops, pick_device, read_checkpoint, save_checkpoint
 
 SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layers text_max_tokens segment".split()
 
@@ -42,44 +46,95 @@ def learning_rate(step, s):
     return s.min_lr + (s.lr - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def changed_settings(saved, ours):
+    """{setting: 'what it was and is'} between a checkpoint and this run."""
+    theirs = {**dataclasses.asdict(config.Settings()), **saved["settings"]}
+    theirs |= dict(codec=saved["codec"]["id"], tokenizer=zlib.crc32(saved["tokenizer"]))
+    return {key: f"{key} was {theirs[key]!r}, is {ours[key]!r}" for key in ours if theirs[key] != ours[key]}
+
+
 @torch.no_grad()
 def validate(model, valid_data, s, T, device, autocast):
-    """Cross-entropy per codebook over the held-out segments, float [K]: (with the text, without it)."""
-    totals = {"text": 0, "null": 0}
-    count = 0
-    for batch in valid_data.batches(T, s.micro_batch or s.batch_size, s.valid_items):
+    """Cross-entropy per codebook over the held-out segments, each rank its share -> (with text, without), [K]."""
+    total = torch.zeros(3, model.K, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    size = s.micro_batch or max(1, s.batch_size // distributed.size())
+    for batch in valid_data.batches(T, size, s.valid_items, distributed.rank(), distributed.size()):
+        distributed.beat("validating")
         codes, valid = batch.codes.to(device), batch.valid.to(device)
-        for name, conditions in (("text", batch.conditions), ("null", [{} for _ in batch.conditions])):
+        for row, conditions in enumerate((batch.conditions, [{} for _ in batch.conditions])):
             with autocast():
-                ce_sum, counted = model(codes, valid, model.conditioner.prepare(conditions, device))
-            totals[name] = totals[name] + ce_sum.cpu().double()
-        count = count + counted.cpu().double()
-    return (totals["text"] / count).tolist(), (totals["null"] / count).tolist()
+                ce_sum, count = model(codes, valid, model.conditioner.prepare(conditions, device))
+            total[row] += ce_sum
+        total[2] += count
+    total = distributed.sum_over_ranks(total)
+    return (total[0] / total[2]).tolist(), (total[1] / total[2]).tolist()
 
 
-def write_samples(folder, model, codec, valid_data, s):
-    """The first held-out captions, each as a wav; the same captions and seeds every time."""
+def write_samples(out, step, model, codec, valid_data, s):
+    """Clips for the first held-out captions, the same captions and seeds every time: generated freely, and going on
+    from the first quarter of the held-out music; beside them, that music itself and what the codec makes of it.
+
+    Returns what the listening page needs to know of each clip, on every rank; paths are relative to `out`.
+    """
+    T, tracks = model.trained_frames, valid_data.tracks[: s.samples]
+    real = valid_data.collate([(track, 0) for track in tracks], T, [])
+    prompt_frames = max(1, min(T // 4, int(real.lengths.min())))
+    conditions = [{"text": track["caption"]} for track in tracks]
+    free = metrics.generate_many(model, conditions, T, s.cfg, s, "samples")
+    prompts = real.codes[:, :, :prompt_frames]
+    continued = metrics.generate_many(model, conditions, T, s.cfg, s, "continuations", prompts)
+    if distributed.rank() > 0:
+        return []
+    folder, held_out, clips = out / "samples" / f"step_{step:06d}", out / "samples" / "held_out", []
     folder.mkdir(parents=True, exist_ok=True)
-    captions = [track["caption"] for track in valid_data.tracks[: s.samples]]
-    codes = model.generate([{"text": c} for c in captions], model.trained_frames, cfg=s.cfg,
-                           temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)  # fmt: skip
-    for seed, (caption, wav) in enumerate(zip(captions, codec.decode(codes))):
-        write_wav(folder, caption, seed, wav, codec.sample_rate)
-    return folder
+    held_out.mkdir(exist_ok=True)
+
+    def write(folder, codes_or_wav, seed, suffix):
+        wav = codes_or_wav if codes_or_wav.is_floating_point() else codec.decode(codes_or_wav[None])[0]
+        path = write_wav(folder, tracks[seed]["caption"], seed, wav, codec.sample_rate, suffix)
+        return path.relative_to(out).as_posix()
+
+    for seed, track in enumerate(tracks):
+        codes = real.codes[seed, :, : real.lengths[seed]]
+        try:
+            reference = load_audio(track["path"], codec.sample_rate, codec.channels)[:, : codes.shape[1] * codec.hop]
+            reference = write(held_out, reference, seed, "")
+        except UserError:  # the music may have been moved since it was encoded
+            reference = None
+        clips.append(dict(
+            caption=track["caption"], seed=seed, free=write(folder, free[seed], seed, ""),
+            continued=write(folder, continued[seed], seed, "_continued"),
+            prompt_seconds=prompt_frames / codec.frame_rate, reference=reference,
+            codec=write(held_out, codes, seed, "_codec"),
+        ))  # fmt: skip
+    return clips
 
 
-def append(path, **line):
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+def append(path, line):
+    if distributed.rank() == 0:
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
-def drop_later_lines(path, step):
-    """Lines of a log written after the checkpoint that the run goes on from."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]  # a kill may cut the last
-        lines = [line for line in lines if json.loads(line)["step"] <= step]
+def lines_until(path, step):
+    """The lines of a log up to the step that the run goes on from; later ones are dropped from the file too."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]  # a kill may cut the last
+    lines = [line for line in lines if json.loads(line)["step"] <= step]
+    if distributed.rank() == 0:
         path.with_suffix(".tmp").write_text("".join(lines))
         path.with_suffix(".tmp").replace(path)
+    return [json.loads(line) for line in lines]
+
+
+def keep(path, kept):
+    """A second name for the file as it is now; `path` may be replaced, never written into."""
+    kept.unlink(missing_ok=True)
+    try:
+        os.link(path, kept)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, kept)
 
 
 def record_code(out):
@@ -92,20 +147,39 @@ def record_code(out):
         pass
 
 
+def describe(line):
+    """A line of history.jsonl in words."""
+    start = f"epoch {line['epoch']}, step {line['step']}: "
+    if line["stage"] == "valid":
+        return (f"{start}valid ce {line['ce']:.3f} (unigram {np.mean(line['unigram_q']):.3f}), by codebook "
+                + " ".join(f"{q:.2f}" for q in line["ce_q"]) + f"; text gains {line['gain']:.3f}")  # fmt: skip
+    if line["stage"] == "evaluate":
+        return f"{start}Fréchet distance {line['fad']:.2f} (real music {line['fad_real']:.2f})"
+    return f"{start}{len(line['clips'])} samples"
+
+
 def main():
     s = config.load(sys.argv[1:], __doc__)
     device, dtype = pick_device(s.device, s.dtype)
+    device = distributed.join(device)
+    rank, ranks = distributed.rank(), distributed.size()
     torch.set_flush_denormal(True)
     torch.manual_seed(s.seed)
     out, last, best = Path(s.out), Path(s.out, "last.pt"), Path(s.out, "best.pt")
     saved = read_checkpoint(last, "last") if last.exists() else None
     if saved and not s.resume:
         raise UserError(f"{last}: a run is there; choose another --out, or remove it, or drop --resume=False")
+    parent = read_checkpoint(s.init_from, "best") if s.init_from and not saved else None
+    distributed.refuse_differences(
+        **dataclasses.asdict(s), computes_on=f"{device.type} in {dtype}", torch_version=torch.__version__,
+        step_of_last_pt=saved and saved["step"],
+    )  # fmt: skip
 
     # Data
-    if s.demo_clips and not Path(s.data, "meta.json").exists():
+    if s.demo_clips and rank == 0 and not Path(s.data, "meta.json").exists():
         demo_music.write_corpus(s.data + "_audio", s.demo_clips)
         data.prepare(f"{s.data}_audio/manifest.jsonl", s.data, s.codec, s.codec_weights)
+    distributed.wait()
     train_data, valid_data = data.Tokens(s.data, "train"), data.Tokens(s.data, "valid")
     codec, about = load_codec(s.codec, s.codec_weights).to(device), train_data.meta["codec"]
     if codec.id != about["id"]:
@@ -115,169 +189,233 @@ def main():
     unigram = data.unigram_ce(train_data, valid_data).tolist()
     T = round(s.segment * codec.frame_rate)
     tokenizer = Path(s.data, "tokenizer.model").read_bytes()
+    if s.init_from:
+        tokenizer = (saved or parent)["tokenizer"]
 
     # Model
-    model = MusicLM(s, about, tokenizer).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    model = MusicLM(s, about, tokenizer)
+    with torch.device("meta"):
+        ema = MusicLM(s, about, tokenizer)
+    if ranks > 1 and s.parallel == "fsdp":
+        distributed.shard(model, s, device, dtype)
+        distributed.shard(ema, s, device, dtype)
+        net = model
+    else:
+        model.to(device)
+        net = distributed.replicate(model, device) if ranks > 1 else model
+    ema.to_empty(device=device).eval().requires_grad_(False)
+    ema.load_state_dict(model.state_dict())
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)],
         lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type != "mps",
     )  # fmt: skip
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def autocast():
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # Restore
-    step, best_ce, ce_total, since_log = 0, math.inf, 0.0, 0
-    if saved:
-        theirs = {
-            **dataclasses.asdict(config.Settings()),
-            **saved["settings"],
-            "codec": saved["codec"]["id"],
-            "tokenizer": zlib.crc32(saved["tokenizer"]),
-        }
+    step, skipped, best_ce = 0, 0, math.inf
+    ce_total, since_log, grad_norm = np.zeros(codec.K), 0, 0.0  # of the steps since the last line of the log
+    if saved or parent:
         ours = {**dataclasses.asdict(s), "codec": codec.id, "tokenizer": zlib.crc32(tokenizer)}
-        changes = {key: f"{key} was {theirs[key]!r}, is {ours[key]!r}" for key in ours if theirs[key] != ours[key]}
+        changes = changed_settings(saved or parent, ours)
         if contradictions := [changes[key] for key in [*SHAPE_SETTINGS, "codec", "tokenizer"] if key in changes]:
-            raise UserError(
-                f"{last}: cannot go on with another model ({', '.join(contradictions)}); choose another --out"
-            )
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, best_ce, ce_total, since_log = (saved[key] for key in ("step", "best_ce", "ce_total", "since_log"))
-        print(f"going on from {last} at step {step}" + "".join(f"; {change}" for change in changes.values()))
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "history.jsonl"):
-        drop_later_lines(out / name, step)
-    data.write_json(out / "config.json", dataclasses.asdict(s))
-    record_code(out)
-
-    def refuse_nan():
-        if not math.isfinite(float(ce_total) + float(grad_norm)):
-            raise UserError(
-                f"step {step}: the loss or its gradient is not a number; a lower --lr may help."
-                f" {last if last.exists() else 'No checkpoint'} was left untouched"
-            )
+            raise UserError(f"{last if saved else s.init_from}: holds another model ({', '.join(contradictions)});"
+                            f" {'choose another --out' if saved else 'give it the same settings'}")  # fmt: skip
+    if parent:
+        for part in (model, ema):
+            distributed.load_model_state(part, parent["model"])
+        print(f"beginning with the weights of {s.init_from}")
+    if saved:
+        distributed.load_model_state(model, saved["model"])
+        distributed.load_model_state(ema, saved["ema"])
+        distributed.load_optimizer_state(optimizer, saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        step, skipped, best_ce = saved["step"], saved["skipped"], saved["best_ce"]
+        ce_total, since_log, grad_norm = np.array(saved["ce_total"]), saved["since_log"], saved["grad_norm"]
+    del saved, parent
 
     def commit():
-        refuse_nan()
-        save_checkpoint(
-            last, "last", model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
-            best_ce=best_ce, ce_total=ce_total, since_log=since_log, settings=dataclasses.asdict(s), codec=about,
-            tokenizer=tokenizer,
-        )  # fmt: skip
+        state = dict(model=distributed.model_state(model), ema=distributed.model_state(ema),
+                     optimizer=distributed.optimizer_state(optimizer), scaler=scaler.state_dict())  # fmt: skip
+        if rank == 0:
+            save_checkpoint(
+                last, "last", **state, step=step, skipped=skipped, best_ce=best_ce, ce_total=ce_total.tolist(),
+                since_log=since_log, grad_norm=grad_norm, settings=dataclasses.asdict(s), codec=about,
+                tokenizer=tokenizer,
+            )  # fmt: skip
+            try:
+                report.write(out)
+            except (OSError, UserError) as error:  # a page is not worth a run
+                tqdm.write(f"the listening page was not written: {error}", file=sys.stdout)
 
-    # A first signal asks for a commit at the next step; a second one ends the program as usual.
-    stop = []
+    # A signal asks for a commit at the next step; without torchrun, which repeats it, a second one ends the program.
+    signals = []
 
     def on_signal(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signals.append(number)
+        if ranks == 1:
+            signal.signal(number, signal.SIG_DFL)
 
     usual = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    # Look back, and around
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        data.write_json(out / "config.json", dataclasses.asdict(s))
+        record_code(out)
+    log = report.open_logger(s, out) if rank == 0 else lambda line: None
+    past = [line for name in ("metrics.jsonl", "history.jsonl") for line in lines_until(out / name, step)]
+    for line in sorted(past, key=lambda line: line["step"]):
+        log(line)
+        if "stage" in line:
+            print(describe(line))
+    if step:
+        print(f"going on from {last} at step {step}" + "".join(f"; {change}" for change in changes.values()))
     parameters = sum(p.numel() for p in model.parameters())
     minutes = train_data.meta["train"]["frames"] / codec.frame_rate / 60
-    print(f"{parameters / 1e6:.1f}M parameters on {device} in {str(dtype).removeprefix('torch.')}")
+    print(f"{parameters / 1e6:.1f}M parameters on {ranks} x {device.type} in {str(dtype).removeprefix('torch.')}")
     print(f"{s.data}: {len(train_data.tracks)} tracks, {minutes:.0f} minutes, {len(valid_data.tracks)} tracks held out")
     bar = tqdm(total=s.steps, initial=step, desc="training", file=sys.stdout, mininterval=1, smoothing=0.05)
-    clock, frames_done = time.time(), 0
+    flops, peak = model.flops() * s.batch_size, (peak_flops(device, dtype) or math.inf) * ranks
+    clock, waited, steps_done = time.time(), 0.0, 0
+    distributed.watch(s.watchdog)
+
+    def note(stage, **found):
+        line = dict(step=step, epoch=epoch, stage=stage, **found)
+        append(out / "history.jsonl", line)
+        log(line)
+        tqdm.write(describe(line), file=sys.stdout)
+
+    def due(every):
+        return step == s.steps or (every > 0 and epoch % every == 0)
 
     while step < s.steps:
         # Train
-        batch = train_data.batch(0 if s.one_batch else step, s, T)
+        distributed.beat("drawing a batch", step + 1)
+        drawing = time.time()
+        batch = train_data.batch(0 if s.one_batch else step, s, T, rank, ranks)
+        waited += time.time() - drawing
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
         model.train()
+        distributed.beat("forward and backward")
         codes, valid = batch.codes.to(device), batch.valid.to(device)
-        count = model.loss_mask(valid).sum((0, 2)).clamp(min=1)
-        size = s.micro_batch or s.batch_size
-        for i in range(0, s.batch_size, size):
+        everywhere = torch.arange(T) < batch.lengths[:, None]
+        count = model.loss_mask(everywhere.to(device)).sum((0, 2)).clamp(min=1)  # [K], of the batch over all ranks
+        ce_q = torch.zeros(codec.K, device=device)
+        size = s.micro_batch or len(codes)
+        for i in range(0, len(codes), size):
             inputs = model.conditioner.prepare(batch.conditions[i : i + size], device)
-            with autocast():
-                ce_sum, _ = model(codes[i : i + size], valid[i : i + size], inputs)
-            loss = (ce_sum / count).mean()  # over the whole batch's count, so that micro-batches add up to it
-            loss.backward()
-            ce_total = ce_total + loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)
-        optimizer.step()
+            with distributed.without_sync(net, i + size < len(codes)):
+                with autocast():
+                    ce_sum, _ = net(codes[i : i + size], valid[i : i + size], inputs)
+                loss = (ce_sum / count).mean()  # by the whole batch's count: micro-batches and ranks add up to its loss
+                scaler.scale(loss * ranks).backward()  # times the ranks, over which gradients are averaged
+            ce_q += (ce_sum / count).detach()
+
+        distributed.beat("optimizer")
+        stopping = torch.tensor([float(len(signals))], device=device)
+        *ce_q, stopping = distributed.sum_over_ranks(torch.cat([ce_q, stopping])).tolist()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)
+        norm = distributed.whole(norm).item()
+        if not math.isfinite(sum(ce_q)) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
+            raise UserError(
+                f"step {step + 1}: loss {np.mean(ce_q):g}, gradient norm {norm:g}; a lower --lr may help. The weights"
+                f" were not touched, and {f'{last} is whole' if last.exists() else 'nothing was saved yet'}"
+            )
+        scaler.step(optimizer)  # with float16, not if the gradient has overflowed
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        decay = min(s.ema_decay, (1 + step) / (10 + step))  # so that the random start is soon forgotten
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         step += 1
-        since_log += 1
-        frames_done += s.batch_size * T
+        if math.isfinite(norm):
+            ce_total, since_log, grad_norm = ce_total + ce_q, since_log + 1, norm
+            updates, rest = divmod(step - skipped, s.ema_every)
+            if rest == 0:
+                weight = (1 - s.ema_decay) / (1 - s.ema_decay**updates)  # as in Adam, so that the start leaves no trace
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
+        else:
+            skipped += 1
+        steps_done += 1
         bar.update()
 
-        if step % s.log_every == 0 or step == s.steps:
-            refuse_nan()
-            ce = float(ce_total) / since_log
-            speed = frames_done * codec.K / (time.time() - clock)
-            append(out / "metrics.jsonl", step=step, ce=ce, lr=learning_rate(step - 1, s),
-                   grad_norm=float(grad_norm), tokens_per_s=round(speed))  # fmt: skip
-            bar.set_postfix_str(
-                f"ce {ce:.3f}, lr {learning_rate(step - 1, s):.1e}, grad {grad_norm:.2f}, {speed:,.0f} tokens/s"
-            )
-            ce_total, since_log, clock, frames_done = 0.0, 0, time.time(), 0
+        epoch = math.ceil(step / s.epoch)
+        if since_log and (step % s.log_every == 0 or step == s.steps):
+            ce, seconds = ce_total.mean() / since_log, time.time() - clock
+            line = dict(step=step, epoch=epoch, ce=ce, ppl=math.exp(ce), ce_q=(ce_total / since_log).tolist(),
+                        lr=learning_rate(step - 1, s), grad_norm=grad_norm,
+                        tokens_per_s=round(steps_done * s.batch_size * T * codec.K / seconds),
+                        data_wait=round(waited / seconds, 4))  # fmt: skip
+            text = (f"epoch {epoch}, ce {ce:.3f}, lr {line['lr']:.1e}, grad {grad_norm:.2f},"
+                    f" {line['tokens_per_s']:,} tokens/s, {100 * line['data_wait']:.0f}% waiting")  # fmt: skip
+            if peak < math.inf:
+                line["mfu"] = round(steps_done * flops / seconds / peak, 4)
+                text += f", MFU {100 * line['mfu']:.0f}%"
+            if scaler.is_enabled():
+                line["skipped"] = skipped
+                text += f", {skipped} skipped"
+            append(out / "metrics.jsonl", line)
+            log(line)
+            bar.set_postfix_str(text)
+            ce_total, since_log, clock, waited, steps_done = np.zeros(codec.K), 0, time.time(), 0.0, 0
 
         if step % s.epoch == 0 or step == s.steps:
             # Valid, with the averaged weights
-            refuse_nan()
             ce_q, null_q = validate(ema, valid_data, s, T, device, autocast)
             ce, gain = float(np.mean(ce_q)), float(np.mean(null_q) - np.mean(ce_q))
-            append(out / "history.jsonl", step=step, epoch=math.ceil(step / s.epoch), stage="valid", ce=ce,
-                   ppl=math.exp(ce), ce_q=ce_q, unigram_q=unigram, gain=gain)  # fmt: skip
-            tqdm.write(f"step {step}: valid ce {ce:.3f} (unigram {np.mean(unigram):.3f}), by codebook "
-                       + " ".join(f"{q:.2f}" for q in ce_q) + f"; text gains {gain:.3f}", file=sys.stdout)  # fmt: skip
+            note("valid", ce=ce, ppl=math.exp(ce), ce_q=ce_q, unigram_q=unigram, gain=gain)
             # Best
             if ce < best_ce:
-                best_ce = ce
-                save_checkpoint(best, "best", model=ema.state_dict(), settings=dataclasses.asdict(s), codec=about,
-                                tokenizer=tokenizer, step=step, ce=ce, ce_q=ce_q, gain=gain)  # fmt: skip
-            # Generate, with the best weights
-            epoch = math.ceil(step / s.epoch)
-            if s.samples and (step == s.steps or (s.generate_every and epoch % s.generate_every == 0)):
-                folder = write_samples(out / "samples" / f"step_{step:06d}", load_model(best, device)[0], codec,
-                                       valid_data, s)  # fmt: skip
-                tqdm.write(f"step {step}: wrote {folder}", file=sys.stdout)
-            # Commit
+                best_ce, state = ce, distributed.model_state(ema)
+                if rank == 0:
+                    save_checkpoint(best, "best", model=state, settings=dataclasses.asdict(s), codec=about,
+                                    tokenizer=tokenizer, step=step, ce=ce, ce_q=ce_q, gain=gain)  # fmt: skip
+            # Evaluate and generate, with the best weights
+            evaluating, sampling = s.evaluate_clips and due(s.evaluate_every), s.samples and due(s.generate_every)
+            if evaluating or sampling:
+                distributed.wait()  # until rank 0 has written them
+                best_model = load_model(best, device)[0]
+                if evaluating:
+                    note("evaluate", **metrics.evaluate(best_model, codec, train_data, valid_data, s))
+                if sampling:
+                    note("generate", clips=write_samples(out, step, best_model, codec, valid_data, s))
+                del best_model
             commit()
-            clock, frames_done = time.time(), 0
-        elif stop:
+            if rank == 0 and s.keep_every and epoch % s.keep_every == 0 and step % s.epoch == 0:
+                keep(last, out / f"epoch_{epoch:04d}.pt")
+            clock, waited, steps_done = time.time(), 0.0, 0
+        elif stopping:
             commit()
-        if stop:
+        if stopping:
             bar.close()
-            print(f"stopped and committed at step {step}; to go on: python {shlex.join(sys.argv)}")
-            sys.exit(128 + stop[0])
+            command = f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python"
+            print(f"stopped and committed at step {step}; to go on: {command} {shlex.join(sys.argv)}")
+            distributed.leave()
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
     bar.close()
     for number, handler in usual.items():
         signal.signal(number, handler)
+    distributed.leave()
 
-    # Evaluate, with the best weights
     summary = read_checkpoint(best, "best")
     print(f"\nbest at step {summary['step']}: valid ce {summary['ce']:.3f}, ppl {math.exp(summary['ce']):.1f};"
           f" conditioning gain ce(null) - ce(text) {summary['gain']:.3f}")  # fmt: skip
     print("codebook   " + "".join(f"{f'q{k + 1}':>8}" for k in range(codec.K)))
     print("valid ce   " + "".join(f"{ce:8.3f}" for ce in summary["ce_q"]))
     print("unigram ce " + "".join(f"{ce:8.3f}" for ce in unigram))
-    if s.evaluate and s.evaluate_clips and metrics.attributes_of(train_data):
-        history = map(json.loads, (out / "history.jsonl").read_text().splitlines())
-        table = next(
-            (line["adherence"] for line in history if line["step"] == step and line["stage"] == "evaluate"), None
-        )
-        if table is None:
-            table = metrics.adherence(load_model(best, device)[0], codec, train_data, valid_data, s)
-            epoch = math.ceil(step / s.epoch)
-            append(out / "history.jsonl", step=step, epoch=epoch, stage="evaluate", adherence=table)
-        metrics.print_adherence(table)
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    for line in history:
+        if line["stage"] == "evaluate" and line["step"] == step:
+            metrics.print_table(line)
+    print(f"\nlisten: {out / 'index.html'}")
     caption = shlex.quote(valid_data.tracks[0]["caption"])
-    print(f"\nlisten: {out / 'samples' / f'step_{step:06d}'}")
     print(f"try:    python sample.py {best} {caption} --duration {s.segment:g}")
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, distributed.first_to_say, distributed.exit)

@@ -97,7 +97,7 @@ def evaluate(args):
     kbps = codec.K * math.log2(codec.card) * codec.frame_rate / 1000
     print(f"{codec.id}: {kbps:.1f} kbps, {sum(p.numel() for p in codec.model.parameters()) / 1e6:.2f}M parameters")
     for folder in args.folders:
-        clips = held_out_clips(load_folder(folder, valid=True))
+        clips = held_out_clips(load_folder(folder, valid=True))[: args.clips]
         codes = codec.encode(clips[:, None])
         rows = {"tiny": codec.decode(codes)[:, 0]}
         if shutil.which("ffmpeg"):
@@ -192,6 +192,7 @@ def main():
     command = commands.add_parser("evaluate")
     command.add_argument("weights", help="a codec.pt")
     command.add_argument("folders", nargs="+")
+    command.add_argument("--clips", type=int, default=40, help="held-out clips of each folder, 40 at most (default 40)")
     command.set_defaults(run=evaluate)
     args = parser.parse_args()
     args.run(args)

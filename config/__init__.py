@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import runpy
 import sys
@@ -26,18 +27,23 @@ class Settings:
     # The run
     out: str = "out/run"  # folder for checkpoints, logs and samples
     resume: bool = True  # go on from OUT/last.pt where there is one; False refuses to write over it
+    init_from: str = ""  # a best.pt whose weights and tokenizer a new run begins with; unlike resuming, at step 0
     seed: int = 0  # fixes the weights, the batches and every dropout draw
     device: str = "auto"  # cuda, mps, cpu, or auto: the first of them that is there
-    dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 where the device computes in it
+    dtype: str = "auto"  # float32, bfloat16, float16, or auto: bfloat16 where the device computes in it
+    parallel: str = "ddp"  # several processes: ddp, weights on each; fsdp, weights, EMA and optimizer spread over them
+    reshard_after_forward: bool = True  # fsdp: free a block's weights until its backward; False: more memory, faster
+    activation_checkpointing: bool = False  # compute each block again in the backward pass, to save memory
+    watchdog: float = 600.0  # seconds without progress after which a run of several processes is ended; 0: never
     # Data
     data: str = "data/demo"  # folder made by `python data.py prepare`
     demo_clips: int = 0  # where DATA is missing, synthesise the demo's corpus of so many clips and prepare it
     codec: str = "tiny"  # tiny, or encodec_24khz[:1.5|3|6|12] (kbps)
     codec_weights: str = ""  # file or folder with the codec's weights; empty: shipped or downloaded
     segment: float = 8.0  # seconds of music in a training item; shorter tracks are padded
-    batch_size: int = 8  # items in one optimizer step, whatever the hardware
+    batch_size: int = 8  # items in one optimizer step, over all processes
     one_batch: bool = False  # train on the first batch again and again, whose loss must go to zero
-    micro_batch: int = 0  # items that the device holds at once, gradients accumulate over them; 0: all
+    micro_batch: int = 0  # items that one device holds at once, gradients accumulate over them; 0: its whole share
     # Model
     dim: int = 256  # width D
     heads: int = 4  # attention heads; divides dim
@@ -63,14 +69,17 @@ class Settings:
     beta2: float = 0.95  # AdamW
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     ema_decay: float = 0.99  # of the averaged weights that validation and generation use; 0: no averaging
+    ema_every: int = 1  # steps between updates of that average
     # The cycle
     epoch: int = 500  # steps in an epoch; after each: validate, keep the best, commit
+    keep_every: int = 0  # epochs between commits that are kept for good, as epoch_NNNN.pt; 0: none
     valid_items: int = 256  # held-out segments validated after each epoch; 0: all
     generate_every: int = 1  # epochs between sample rounds; 0: only at the end
     samples: int = 4  # clips in a sample round, for held-out captions
-    evaluate: bool = True  # measure caption adherence at the end, where the data set's attributes are known
-    evaluate_clips: int = 60  # held-out captions that it generates
+    evaluate_every: int = 0  # epochs between evaluations by metrics.py; 0: only at the end
+    evaluate_clips: int = 60  # held-out captions that an evaluation generates; 0: no evaluation
     log_every: int = 10  # steps between lines of metrics.jsonl
+    logger: str = ""  # tensorboard or wandb, where it is installed; metrics.jsonl is written anyway
     # Generation
     cfg: float = 3.0  # guidance; 1 switches it off
     temperature: float = 1.0  # 0 takes the likeliest code
@@ -79,13 +88,19 @@ class Settings:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
-CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "pattern": ("delay", "parallel", "unrolled")}
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "parallel": ("ddp", "fsdp"),
+    "pattern": ("delay", "parallel", "unrolled"),
+    "logger": ("", "tensorboard", "wandb"),
+}
 NOT_NEGATIVE = (
-    "seed demo_clips micro_batch min_lr warmup weight_decay clip valid_items generate_every samples evaluate_clips"
-    " temperature top_k"
+    "seed demo_clips micro_batch min_lr warmup weight_decay clip valid_items keep_every generate_every samples"
+    " evaluate_every evaluate_clips watchdog temperature top_k"
 )
 POSITIVE = (
-    "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens steps lr epoch log_every"
+    "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens steps lr ema_every epoch"
+    " log_every"
 )
 PROBABILITIES = "cfg_dropout text_dropout merge_text_p word_dropout beta1 beta2 ema_decay top_p"
 
@@ -151,11 +166,25 @@ def validate(s):
     for width, heads in (("dim", "heads"), ("text_dim", "text_heads")):
         if getattr(s, width) % getattr(s, heads) or getattr(s, width) // getattr(s, heads) % 2:
             raise UserError(f"{width} = {getattr(s, width)}: must be an even multiple of {heads} = {getattr(s, heads)}")
-    if s.micro_batch and s.batch_size % s.micro_batch:
-        sizes = [n for n in range(1, s.batch_size + 1) if s.batch_size % n == 0]
-        near = sorted(sizes, key=lambda n: abs(n - s.micro_batch))[:2]
-        raise UserError(f"batch_size = {s.batch_size} does not divide by micro_batch = {s.micro_batch}; try {near}")
+    if s.ema_decay == 1:
+        raise UserError("ema_decay = 1: an average that never changes; 0.99 is usual")
+    check_sizes(s.batch_size, s.micro_batch, int(os.environ.get("WORLD_SIZE", 1)))
     return s
+
+
+def check_sizes(batch_size, micro_batch, processes):
+    """Refuses a batch that does not divide into equal micro-batches on every process; names the nearest that does."""
+    unit = processes * (micro_batch or 1)
+    if batch_size % unit == 0:
+        return
+    below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
+    near = " or ".join(f"--batch_size={size}" for size in (below, above) if size)
+    if micro_batch and batch_size % processes == 0:
+        share = batch_size // processes
+        sizes = [size for size in range(1, share + 1) if share % size == 0]
+        near += f" or --micro_batch={min(sizes, key=lambda size: abs(size - micro_batch))}"
+    parts = [f"{processes} processes"] * (processes > 1) + [f"micro_batch = {micro_batch}"] * bool(micro_batch)
+    raise UserError(f"batch_size = {batch_size} does not divide by {' x '.join(parts)}; the nearest that fit: {near}")
 
 
 def load(argv, usage):
@@ -192,13 +221,18 @@ def table():
     return "\n".join(rows)
 
 
-def run(main):
-    """Calls a program's main; bad input ends it with one line and status 2, ctrl-C with status 130."""
+def run(main, first_to_say=lambda message: True, exit=sys.exit):
+    """Calls a program's main; bad input ends it with one line and status 2, ctrl-C with status 130.
+
+    first_to_say: of a message, whether this process is the one to print it.  exit: ends this process with a status.
+    """
     program = Path(sys.argv[0]).name
     try:
         main()
     except UserError as error:
-        sys.exit(print(f"{program}: error: {error}", file=sys.stderr) or 2)
+        if first_to_say(str(error)):
+            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        exit(2)
     except BrokenPipeError:
         sys.exit(1)
     except KeyboardInterrupt:

@@ -16,4 +16,4 @@ lr = 2e-3
 epoch = 200
 valid_items = 4
 samples = 1
-evaluate = False
+evaluate_clips = 0

@@ -18,16 +18,17 @@ import demo_music  # noqa: E402
 
 TOY = (
     "--dim=32 --heads=2 --layers=2 --text_dim=32 --text_heads=2 --text_layers=1 --segment=1 --batch_size=4 --steps=6"
-    " --epoch=3 --log_every=1 --warmup=2 --samples=1 --valid_items=4 --evaluate=False --micro_batch=0 --device=cpu"
+    " --epoch=3 --log_every=1 --warmup=2 --samples=1 --valid_items=4 --evaluate_clips=0 --micro_batch=0 --device=cpu"
     " --dtype=float32"
 ).split()
 
 
-def start(program, *args, cwd=ROOT):
-    """A program of the repository as its own process, on one thread so that several share the machine."""
+def start(program, *args, cwd=ROOT, ranks=1, **environment):
+    """A program of the repository as its own process, or several by torchrun, each on one thread."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return subprocess.Popen(
-        [sys.executable, program, *map(str, args)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, *torchrun, program, *map(str, args)], cwd=cwd, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True,
     )  # fmt: skip
 
 

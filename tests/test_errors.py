@@ -1,6 +1,7 @@
 """Bad input gets one line that says what was wrong, where, and what to do; status 2; and nothing half-written."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -122,6 +123,31 @@ def test_settings_that_contradict_the_checkpoint(command, toy_run, dataset):
     assert (out / "last.pt").read_bytes() == before
 
 
+def test_a_full_disk_leaves_the_checkpoint_before_it(command, dataset, tmp_path):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
+    assert command(train, *args)[0] == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.tmp").symlink_to("/dev/full")  # every write there says that the disk is full
+    refused(command(train, *args, "--steps=8"), f"{tmp_path / 'last.pt'}: cannot be written", " bytes are needed and ",
+            "The one before it is whole")  # fmt: skip
+    assert (tmp_path / "last.pt").read_bytes() == before and not (tmp_path / "last.tmp").is_symlink()
+
+
+def test_weights_that_cannot_begin_a_run(command, toy_run, dataset, tmp_path):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}"]
+    refused(command(train, *args, f"--init_from={tmp_path / 'none.pt'}"), "none.pt: no such checkpoint")
+    refused(command(train, *args, f"--init_from={toy_run[0] / 'last.pt'}"), "is a 'last' checkpoint")
+    refused(
+        command(train, *args, f"--init_from={toy_run[0] / 'best.pt'}", "--dim=64"), "dim was 32, is 64", "same settings"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_logger_that_is_not_installed(command, dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(command(train, *TOY, f"--data={dataset}", f"--out={tmp_path}", "--logger=wandb"), "pip install wandb")
+
+
 def test_devices_that_are_not_there(command, dataset):
     if not torch.cuda.is_available():
         refused(command(train, *TOY, f"--data={dataset}", "--device=cuda"), "device = 'cuda': not on this machine")
@@ -141,6 +167,8 @@ def test_checkpoints_that_are_not(command, toy_run, tmp_path):
     saved = torch.load(toy_run[0] / "best.pt", weights_only=True)
     torch.save({**saved, "nanomusicgen": 99}, broken)
     refused(command(sample, broken, "x"), "format 99, newer than this code's")
+    torch.save({**torch.load(toy_run[0] / "last.pt", weights_only=True), "nanomusicgen": 1}, tmp_path / "last.pt")
+    refused(command(train, f"--out={tmp_path}"), "format 1, of an older version", "--init_from=", "best.pt")
     assert not (tmp_path / "s").exists()
 
 

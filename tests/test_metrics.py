@@ -1,11 +1,158 @@
+import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
 import data
 import demo_music
+import distributed
 import metrics
+from codec import load_codec
+from conditioning import chromagram
 from model import load_model
+
+SHARES = ["chance", "real", "cfg 3", "cfg 1", "no text"]
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return load_codec("tiny")
+
+
+@pytest.fixture
+def evaluate(toy_run, codec):
+    """`metrics.evaluate` of the toy run, or of another model, on any data set."""
+
+    def call(folder, change=lambda train, valid: None, model=None, **settings):
+        toy, s, _ = load_model(toy_run[0] / "best.pt")
+        for key, value in {"evaluate_clips": 3, **settings}.items():
+            setattr(s, key, value)
+        train, valid = data.Tokens(folder, "train"), data.Tokens(folder, "valid")
+        change(train, valid)
+        return metrics.evaluate(model or toy, codec, train, valid, s)
+
+    return call
+
+
+# Fréchet distance
+
+
+def test_frechet_distance_is_the_closed_form():
+    def diagonal(mean, variances):
+        return torch.tensor(mean).double(), torch.diag(torch.tensor(variances).double())
+
+    a, b = diagonal([1.0, 2.0, 0.0], [4.0, 1.0, 0.0]), diagonal([0.0, 0.0, 0.0], [1.0, 9.0, 0.25])
+    assert metrics.frechet_distance(a, b) == pytest.approx(5 + 1 + 4 + 0.25)  # sum of (sigma1 - sigma2)^2
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double())[0]
+    turned = [(turn @ mean, turn @ cov @ turn.T) for mean, cov in (a, b)]
+    assert metrics.frechet_distance(*turned) == pytest.approx(10.25)
+    assert metrics.frechet_distance(*turned[::-1]) == pytest.approx(10.25)
+    # Covariances that do not commute: in two dimensions tr (C1 C2)^(1/2) = sqrt(tr C1 C2 + 2 sqrt(det C1 C2)).
+    c1, c2 = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double(), torch.tensor([[5.0, -2.0], [-2.0, 1.0]]).double()
+    trace = math.sqrt(float((c1 @ c2).trace()) + 2 * math.sqrt(5 * 1))
+    zero = torch.zeros(2).double()
+    assert metrics.frechet_distance((zero, c1), (zero, c2)) == pytest.approx(5 + 6 - 2 * trace)
+
+
+def test_running_sums_are_the_gaussian_of_all_vectors_at_once():
+    x = 1000 + torch.randn(5, 60, generator=torch.Generator().manual_seed(0))
+    mean, cov = metrics.gaussian(x.split((1, 9, 50), dim=1))
+    torch.testing.assert_close(mean, x.double().mean(1))
+    torch.testing.assert_close(cov, torch.cov(x.double(), correction=0))
+
+
+def test_frechet_distance_orders_music_and_what_is_less(dataset, codec):
+    """Held-out music is nearest; then its own frames in another order and codes drawn by frequency; then silence."""
+    train, valid = data.Tokens(dataset, "train"), data.Tokens(dataset, "valid")
+    rng = torch.Generator().manual_seed(0)
+    real, held_out = ([metrics.clip_of(tokens, t, 320) for t in tokens.tracks] for tokens in (train, valid))
+    shuffled = [clip[:, torch.randperm(clip.shape[1], generator=rng)] for clip in held_out]
+    weights = torch.from_numpy(train.histogram()).double()
+    noise = [torch.multinomial(weights, 320, True, generator=rng) for _ in held_out]
+    silence = [codec.encode(torch.zeros(1, 1, 16_000 * 6))[0]]
+    target = metrics.latent_gaussian(codec, real)
+    distances = [metrics.frechet_distance(metrics.latent_gaussian(codec, clips), target)
+                 for clips in (real, held_out, shuffled, noise, silence)]  # fmt: skip
+    assert distances[0] < 1e-3 and 1 < distances[1] < 0.8 * min(distances[2:4])
+    assert 2 * max(distances[2:4]) < distances[4], distances
+
+
+def test_the_floor_is_music_of_the_same_lengths(dataset, codec, monkeypatch):
+    train, valid = data.Tokens(dataset, "train"), data.Tokens(dataset, "valid")
+    real = [metrics.clip_of(valid, valid.tracks[0], T) for T in (50, 80)]
+    target, sets, measure = metrics.latent_gaussian(codec, real), [], metrics.latent_gaussian
+
+    def remember(codec, clips):
+        sets.append(list(clips))
+        return measure(codec, sets[-1])
+
+    monkeypatch.setattr(metrics, "latent_gaussian", remember)
+    assert 0 < metrics.frechet_floor(codec, train, real, target) < math.inf
+    assert len(sets) == min(metrics.FLOOR_DRAWS, len(train.tracks) // 2)
+    assert all([clip.shape[1] for clip in clips] == [50, 80] for clips in sets)
+    assert len({clip.numpy().tobytes() for clips in sets for clip in clips}) == 2 * len(sets)
+
+
+# Chroma
+
+
+def tones(*hertz, seconds=2.0, rate=16_000):
+    t = torch.arange(round(seconds * rate)) / rate
+    return 0.1 * sum(torch.sin(2 * math.pi * f * t) for f in hertz)[None]
+
+
+@pytest.mark.parametrize("rate", [16_000, 32_000, 44_100])
+def test_chroma_of_every_semitone_from_c2_to_b7(rate):
+    wav = torch.cat([tones(440 * 2 ** ((midi - 69) / 12), rate=rate, seconds=1) for midi in range(36, 108)])
+    chroma = chromagram(wav, rate)
+    assert chroma.shape == (72, 12, math.ceil(rate / (rate // 8)))
+    torch.testing.assert_close(chroma.sum(1), torch.ones(72, chroma.shape[2]))
+    for midi, found in enumerate(chroma[:, :, 2:6], 36):
+        assert found[midi % 12].min() > 0.8, midi
+
+
+def test_chroma_of_notes_and_a_chord():
+    assert int(chromagram(tones(440.0), 16_000)[0].mean(1).argmax()) == 9
+    assert int(chromagram(tones(523.25), 16_000)[0].mean(1).argmax()) == 0
+    chord = chromagram(tones(261.63, 329.63, 392.0), 16_000)[0].mean(1)  # C major
+    torch.testing.assert_close(chord[[0, 4, 7]], torch.full((3,), 1 / 3), atol=0.03, rtol=0)
+
+
+def test_chroma_changes_when_the_note_does():
+    """Frames are centred on their own eighth of a second, whatever else the batch holds."""
+    wav = torch.cat([tones(440.0, seconds=1), tones(523.25, seconds=1.01)], dim=1)
+    chroma = chromagram(torch.cat([0 * wav, wav]), 16_000)
+    assert chroma.shape == (2, 12, 17) and chroma[0].abs().max() == 0
+    assert chroma[1].argmax(0).tolist() == [9] * 8 + [0] * 9
+    torch.testing.assert_close(chroma[1:], chromagram(wav, 16_000))
+
+
+def test_silence_is_no_note():
+    noise = torch.randn(1, 32_000, generator=torch.Generator().manual_seed(0))
+    assert chromagram(1e-4 * noise, 16_000).abs().max() == 0 and chromagram(tones(30.0), 16_000)[:, :, 2:-2].max() == 0
+    assert chromagram(1e-2 * noise, 16_000).sum(1).min() == pytest.approx(1)
+    half = chromagram(torch.cat([tones(440.0), torch.zeros(1, 32_000)], dim=1), 16_000)[0].sum(0)
+    assert half[:16].min() == pytest.approx(1) and half[19:].max() == 0
+
+
+def test_chroma_similarity():
+    c, a, both = (chromagram(tones(*hertz), 16_000)[0] for hertz in ([261.63], [440.0], [261.63, 440.0]))
+    silent = torch.zeros_like(c)
+    assert metrics.chroma_similarity(both, both) == pytest.approx(1)
+    assert metrics.chroma_similarity(c, a) < 0.02
+    assert metrics.chroma_similarity(c, both) == pytest.approx(math.sqrt(0.5), abs=0.02)
+    assert metrics.chroma_similarity(c, silent) == 0
+    assert metrics.chroma_similarity(torch.cat([c, c], 1), torch.cat([silent, both], 1)) == pytest.approx(
+        math.sqrt(0.5), abs=0.02
+    )
+    assert metrics.chroma_similarity(torch.cat([both, a], 1), both) == pytest.approx(1)
+
+
+# Caption adherence
 
 
 def test_attributes_are_texts_of_few_values(dataset):
@@ -14,19 +161,19 @@ def test_attributes_are_texts_of_few_values(dataset):
     assert "bpm" not in found and all(2 <= len(values) <= 7 for values in found.values())
 
 
-def test_tracks_may_lack_attributes_or_hold_other_types(own_dataset, toy_run):
+def test_tracks_may_lack_attributes_or_hold_other_types(own_dataset, evaluate):
     """Real metadata is patchy: an attribute is scored on the tracks that have it, and left out where none has."""
-    train, valid = data.Tokens(own_dataset, "train"), data.Tokens(own_dataset, "valid")
-    for i, track in enumerate(train.tracks + valid.tracks):
-        track["metadata"] = [{"genre": "jazz", "mood": 3}, {"genre": "rock"}, {"genre": 7}, {}][i % 4]
-    for track in valid.tracks[:1]:
-        track["metadata"] = {"genre": "rock"}
-    train.tracks[0]["metadata"] = {"only_in_training": "a"}
-    train.tracks[1]["metadata"] = {"only_in_training": "b", "genre": "rock"}
-    model, settings, about = load_model(toy_run[0] / "best.pt")
-    settings.evaluate_clips = 2
-    table = metrics.adherence(model, data.load_codec("tiny"), train, valid, settings)
-    assert list(table) == ["genre"] and 0 <= table["genre"]["real"] <= 1
+
+    def patchy(train, valid):
+        for i, track in enumerate(train.tracks + valid.tracks):
+            track["metadata"] = [{"genre": "jazz", "mood": 3}, {"genre": "rock"}, {"genre": 7}, {}][i % 4]
+        for track in valid.tracks[:1]:
+            track["metadata"] = {"genre": "rock"}
+        train.tracks[0]["metadata"] = {"only_in_training": "a"}
+        train.tracks[1]["metadata"] = {"only_in_training": "b", "genre": "rock"}
+
+    table = evaluate(own_dataset, patchy, evaluate_clips=2)["adherence"]
+    assert list(table) == ["genre"] and list(table["genre"]) == SHARES and 0 <= table["genre"]["real"] <= 1
 
 
 def test_the_probe_hears_instrument_tempo_and_drums_and_not_noise():
@@ -46,3 +193,132 @@ def test_onsets_show_the_beat():
     wav[:, :: 16_000 // 2] = 1  # 120 clicks a minute: a lag of 25 frames
     correlation = metrics.features(wav, 16_000)[0, 160:]
     assert int(correlation.argmax()) + 5 == pytest.approx(25, abs=1)
+
+
+# The whole
+
+
+def test_evaluate(dataset, evaluate, capsys):
+    result = evaluate(dataset)
+    assert list(result) == "clips fad fad_real chroma chroma_chance rtf adherence".split() and result["clips"] == 3
+    numbers = [value for key, value in result.items() if key != "adherence"]
+    numbers += [share for row in result["adherence"].values() for share in row.values()]
+    assert all(math.isfinite(value) and value >= 0 for value in numbers) and result["rtf"] > 0
+    assert {"instrument", "drums"} <= set(result["adherence"]) and list(result["adherence"]["drums"]) == SHARES
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    metrics.print_table(result)
+    printed = capsys.readouterr().out
+    for part in (f"{result['fad_real']:.2f}", f"{result['chroma_chance']:.2f}", "instrument", "% of real"):
+        assert part in printed
+
+
+class Replay:
+    """A model that plays the held-out clips themselves, and noise where the shorter ones have ended."""
+
+    K, trained_frames = 4, 400
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def generate(self, conditions, frames, prompt, seeds, **choice):
+        codes = noise(conditions, seeds, frames)
+        for clip, seed in zip(codes, seeds):
+            real = metrics.clip_of(self.tokens, self.tokens.tracks[seed], frames)
+            clip[:, : real.shape[1]] = real
+        return codes
+
+
+class Noise:
+    """A model that draws every code from the seed and the caption."""
+
+    K, trained_frames = 4, 400
+
+    def generate(self, conditions, frames, prompt, seeds, **choice):
+        return noise(conditions, seeds, frames)
+
+
+def noise(conditions, seeds, frames):
+    rngs = [
+        np.random.default_rng([seed, *str(sample).encode()]) for seed, sample in zip(seeds, conditions, strict=True)
+    ]
+    return torch.from_numpy(np.stack([rng.integers(512, size=(4, frames)) for rng in rngs]))
+
+
+def test_music_itself_and_noise(dataset, evaluate):
+    """What a shorter clip's fellow plays after its end leaves no trace."""
+    valid = data.Tokens(dataset, "valid")
+    assert min(track["frames"] for track in valid.tracks[:3]) < 400, "the test is about clips shorter than T"
+    perfect, awful = evaluate(dataset, model=Replay(valid)), evaluate(dataset, model=Noise())
+    assert perfect["fad"] < 1e-3 < perfect["fad_real"] == awful["fad_real"] < awful["fad"]
+    assert perfect["chroma"] == pytest.approx(1) and perfect["chroma_chance"] < 0.9
+    assert awful["chroma"] == pytest.approx(awful["chroma_chance"], abs=0.05)
+
+
+@pytest.mark.parametrize("lacking", ["attributes", "captions", "both"])
+def test_without_attributes_or_captions(lacking, own_dataset, evaluate, capsys):
+    def strip(train, valid):
+        for track in train.tracks + valid.tracks:
+            track["metadata"] = {"bpm": 120.0} if lacking in ("attributes", "both") else track["metadata"]
+            track["caption"] = "" if lacking in ("captions", "both") else track["caption"]
+
+    result = evaluate(own_dataset, strip, evaluate_clips=2)
+    assert result["adherence"] == {} and all(math.isfinite(result[key]) for key in ("fad", "fad_real", "chroma", "rtf"))
+    metrics.print_table(result)
+    assert "caption adherence: not measured" in capsys.readouterr().out
+
+
+def test_a_single_clip_and_more_clips_than_there_are(dataset, evaluate):
+    one = evaluate(dataset, evaluate_clips=1)
+    assert one["clips"] == 1 and all(math.isfinite(value) for key, value in one.items() if key != "adherence")
+    few = len(data.Tokens(dataset, "valid").tracks)
+    assert evaluate(dataset, evaluate_clips=few + 5)["clips"] == few
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_shares_of_several_ranks_are_the_whole(ranks, dataset, evaluate, monkeypatch):
+    """Each rank is a thread here; with more ranks than clips, some have none to make."""
+    whole = evaluate(dataset, model=Noise())
+    here, meet, values = threading.local(), threading.Barrier(ranks, timeout=60), [None] * ranks
+
+    def gather(value):
+        values[here.rank] = value
+        meet.wait()
+        found = list(values)
+        meet.wait()
+        return found
+
+    def run(rank):
+        here.rank = rank
+        return evaluate(dataset, model=Noise())
+
+    monkeypatch.setattr(distributed, "rank", lambda: here.rank)
+    monkeypatch.setattr(distributed, "size", lambda: ranks)
+    monkeypatch.setattr(distributed, "gather", gather)
+    monkeypatch.setattr(distributed, "wait", meet.wait)
+    with ThreadPoolExecutor(ranks) as pool:
+        results = list(pool.map(run, range(ranks)))
+    assert all(result == results[0] for result in results)
+    for result in (whole, results[0]):
+        assert result.pop("rtf") > 0
+    assert results[0] == whole
+
+
+def test_many_clips_are_those_generated_one_by_one(toy_run):
+    model, s, _ = load_model(toy_run[0] / "best.pt")
+    s.temperature = 0.0  # after six steps codes are so nearly equal that rounding would decide between them
+    conditions = [{"text": text} for text in ("slow piano", "fast organ", "bells")]
+    prompts = torch.randint(512, (3, 4, 10), generator=torch.Generator().manual_seed(0))
+    many = metrics.generate_many(model, conditions, 50, 3.0, s, "clips", prompts, batch_size=2)
+    for i in range(3):
+        alone = model.generate(conditions[i : i + 1], 50, prompt=prompts[i : i + 1], cfg=3.0, temperature=0)
+        assert torch.equal(many[i : i + 1], alone) and torch.equal(many[i, :, :10], prompts[i])
+
+
+def test_the_command_line(toy_run, tmp_path, command):
+    (tmp_path / "best.pt").write_bytes((toy_run[0] / "best.pt").read_bytes())
+    status, output = command(metrics, tmp_path, "--clips", 2, "--device", "cpu")
+    assert status == 0 and "Fréchet" in output and "real-time factor" in output, output
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["clips"] == 2 and list(found["adherence"]["drums"]) == SHARES
+    status, output = command(metrics, tmp_path, "--clips", 0)
+    assert status == 2 and "--clips 0: must be at least 1" in output

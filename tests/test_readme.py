@@ -9,7 +9,7 @@ from conftest import ROOT, TOY, finish, start
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 COMMANDS = [part.strip() for block in BLOCKS for line in block.splitlines() for part in line.split("#")[0].split("&&")]
-PROGRAMS = sorted({command for command in COMMANDS if command.startswith("python ")})
+PROGRAMS = sorted({command for command in COMMANDS if command.startswith(("python ", "torchrun "))})
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_the_readme_has_its_two_commands():
 
 @pytest.mark.parametrize("command", PROGRAMS)
 def test_command(command, home):
-    program, *args = shlex.split(command)[1:]
+    program, *args = [word for word in shlex.split(command)[1:] if not word.startswith("--nproc_per_node")]
     if program == "train.py" and "--help" not in args:
         args += [*TOY, f"--out=out/{abs(hash(command))}", "--codec=tiny"]
         args += [f"--data={home / 'data' / 'demo'}"] if "data=" not in command else []
@@ -53,7 +53,9 @@ def test_command(command, home):
         args += ["--codec", "tiny", "--workers", "1"]
         if "--out" in args:
             args[args.index("--out") + 1] += "_new"
-    output = finish(start(program, *args, cwd=home))
+    if program == "train_codec.py" and args[0] == "evaluate":
+        args += ["--clips", "2"]
+    output = finish(start(program, *args, cwd=home, ranks=2 if command.startswith("torchrun") else 1))
     assert output
 
 

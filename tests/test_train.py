@@ -1,9 +1,14 @@
 """The whole program at toy size, mostly by the real command line."""
 
+import functools
 import json
+import math
 import re
 import signal
+import sys
 import time
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,8 +49,8 @@ def test_a_run_leaves_what_it_promises(toy_run):
     model, settings, codec = load_model(out / "best.pt")
     assert settings.dim == 32 and codec["id"].startswith("tiny-K4")
     for step in (3, 6):
-        (wav,) = (out / "samples" / f"step_{step:06d}").glob("*.wav")
-        assert soundfile.info(wav).duration == pytest.approx(1.0)
+        free, continued = sorted((out / "samples" / f"step_{step:06d}").glob("*.wav"))
+        assert continued.stem == free.stem + "_continued" and soundfile.info(free).duration == pytest.approx(1.0)
 
 
 def test_the_demo_makes_its_own_corpus(tmp_path):
@@ -55,7 +60,7 @@ def test_the_demo_makes_its_own_corpus(tmp_path):
 
 
 def test_a_finished_run_is_not_measured_twice(dataset, tmp_path, command):
-    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--evaluate=True", "--evaluate_clips=2"]
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--evaluate_clips=2"]
     first, again = command(train, *args), command(train, *args)
     assert first[0] == again[0] == 0 and "instrument" in again[1] and "generating" not in again[1]
     assert len([line for line in lines(tmp_path / "history.jsonl") if line["stage"] == "evaluate"]) == 1
@@ -91,8 +96,136 @@ def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(dataset, tmp_pat
     for name in ("metrics.jsonl", "history.jsonl"):
         a, b = (lines(tmp_path / side / name) for side in ("whole", "parts"))
         for line in a + b:
-            line.pop("tokens_per_s", None)
+            for key in ("tokens_per_s", "data_wait"):
+                line.pop(key, None)
         assert a == b, name
+
+
+def signal_at(monkeypatch, stop):
+    """Makes the next run get one SIGTERM while it works on step `stop`."""
+    usual, sent = train.learning_rate, []
+
+    def learning_rate(step, s):
+        if step == stop - 1 and not sent:
+            sent.append(signal.raise_signal(signal.SIGTERM))
+        return usual(step, s)
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_goes_on_bit_for_bit_too(dtype, dataset, tmp_path, command, monkeypatch):
+    """For float16 with a loss scale that overflows at first, so that steps are skipped before and after the stop."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**34))
+    common = [*TOY, f"--data={dataset}", f"--dtype={dtype}", "--steps=24", "--epoch=12", "--samples=0", "--log_every=5"]
+    assert command(train, *common, f"--out={tmp_path / 'whole'}")[0] == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, 4)
+        status, output = command(train, *common, f"--out={tmp_path / 'parts'}")
+        assert status == 128 + signal.SIGTERM and "committed at step 4" in output
+    assert command(train, *common, f"--out={tmp_path / 'parts'}")[0] == 0
+    a, b = (torch.load(tmp_path / side / "last.pt", weights_only=True) for side in ("whole", "parts"))
+    for saved in (a, b):
+        saved["settings"].pop("out")
+    assert states_equal(a, b)
+    whole, parts = (lines(tmp_path / side / "metrics.jsonl") for side in ("whole", "parts"))
+    assert [line["ce_q"] for line in whole] == [line["ce_q"] for line in parts]
+    if dtype == "float16":
+        assert 4 < whole[-1]["skipped"] == a["skipped"] < 20 and a["scaler"]["scale"] < 2.0**34
+        assert whole[-1]["ce"] < 6.24 and all(math.isfinite(line["ce"] + line["grad_norm"]) for line in whole)
+
+
+def test_the_average_of_the_weights_is_unbiased(dataset, tmp_path, command):
+    """With every step's weights kept, the average is theirs, each weighing 0.7 of the next; the start has no part."""
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--epoch=1", "--keep_every=1", "--samples=0"]
+    assert command(train, *args, "--ema_decay=0.7", "--lr=0.01")[0] == 0
+    kept = [torch.load(tmp_path / f"epoch_{epoch:04d}.pt", weights_only=True) for epoch in range(1, 7)]
+    weights = torch.tensor([0.7**age for age in reversed(range(6))])
+    for name, average in kept[-1]["ema"].items():
+        mean = sum(w * saved["model"][name] for w, saved in zip(weights / weights.sum(), kept))
+        torch.testing.assert_close(average, mean, rtol=1e-4, atol=1e-6)
+
+
+def test_the_cycle(dataset, tmp_path, command):
+    """Valid, evaluate and generate as often as asked, in this order; what is told again on going on."""
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--steps=10", "--epoch=2", "--evaluate_every=2"]
+    args += ["--generate_every=3", "--keep_every=2", "--evaluate_clips=1"]
+    assert command(train, *args)[0] == 0
+    history = lines(tmp_path / "history.jsonl")
+    assert [(line["epoch"], line["stage"]) for line in history] == [
+        (1, "valid"), (2, "valid"), (2, "evaluate"), (3, "valid"), (3, "generate"), (4, "valid"), (4, "evaluate"),
+        (5, "valid"), (5, "evaluate"), (5, "generate"),
+    ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.glob("epoch_*.pt")) == ["epoch_0002.pt", "epoch_0004.pt"]
+    assert torch.load(tmp_path / "epoch_0002.pt", weights_only=True)["step"] == 4
+    for line in history[4], history[9]:
+        (clip,) = line["clips"]
+        assert {*clip} >= {"caption", "free", "continued", "codec", "reference"}
+        sizes = [soundfile.info(tmp_path / clip[key]).duration for key in ("free", "continued", "codec", "reference")]
+        assert sizes == [1.0] * 4 and 0 < clip["prompt_seconds"] <= 0.25
+    again = command(train, *args, "--steps=11")[1]
+    assert all(f"epoch {epoch}, step {2 * epoch}: valid ce" in again for epoch in range(1, 6))
+    assert (tmp_path / "index.html").read_text().count("<audio") >= 4
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_loggers_are_told_everything_and_the_past_again(name, dataset, tmp_path, command, monkeypatch):
+    told = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == tmp_path / "tensorboard"
+
+        def add_scalar(self, key, value, step):
+            told.append((key, step))
+
+        def add_audio(self, key, wav, step, sample_rate):
+            assert wav.shape == (sample_rate,)
+            told.append(("audio", step))
+
+        def flush(self):
+            pass
+
+    class Run:
+        def log(self, values, step):
+            told.extend(("audio" if isinstance(value, Path) else key, step) for key, value in values.items())
+
+    wandb = types.SimpleNamespace(init=lambda **about: Run(), Audio=Path)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", f"--logger={name}", "--evaluate_clips=1"]
+    for steps in (6, 8):
+        told.clear()
+        assert command(train, *args, f"--steps={steps}")[0] == 0
+        assert [step for key, step in told if key == "train/ce"] == list(range(1, steps + 1))
+    assert [step for key, step in told if key == "valid/ce_q/4"] == [3, 6, 8]
+    assert [step for key, step in told if key == "evaluate/fad"] == [6, 8]
+    assert [step for key, step in told if key == "audio"] == [3, 6, 8]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(dataset, tmp_path, command):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
+    assert command(train, *args)[0] == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    status, output = command(train, *args, "--steps=12", "--lr=1e25", "--clip=0")
+    (said,) = [line for line in output.splitlines() if "error:" in line]
+    assert status == 2 and re.search(r"step [789]: loss (nan|inf), gradient norm nan.*last.pt is whole", said)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_new_run_may_begin_with_the_weights_of_another(dataset, tmp_path, command):
+    args = [*TOY, f"--data={dataset}", "--samples=0"]
+    assert command(train, *args, f"--out={tmp_path / 'a'}", "--lr=0.01")[0] == 0
+    parent = torch.load(tmp_path / "a" / "best.pt", weights_only=True)
+    begin = [*args, f"--out={tmp_path / 'b'}", f"--init_from={tmp_path / 'a' / 'best.pt'}", "--lr=1e-9"]
+    status, output = command(train, *begin)
+    assert status == 0 and "beginning with the weights of" in output
+    child = torch.load(tmp_path / "b" / "last.pt", weights_only=True)
+    assert child["step"] == 6
+    for name, weight in parent["model"].items():
+        torch.testing.assert_close(child["model"][name], weight, rtol=0, atol=1e-6)
+    (tmp_path / "a" / "best.pt").unlink()
+    assert "going on from" in command(train, *begin, "--steps=8")[1], "the parent is needed only at the start"
 
 
 def test_micro_batches_add_up_to_the_batch(dataset, tmp_path, command):
@@ -118,13 +251,13 @@ def test_one_batch_is_learned_by_heart(dataset, tmp_path, command):
 def test_every_config_trains_a_step(path, dataset, tmp_path, command):
     status, output = command(
         train, path, *SMALL, f"--data={dataset}", f"--out={tmp_path}", "--batch_size=4", "--micro_batch=2", "--steps=1",
-        "--epoch=1", "--samples=1", "--evaluate=False", "--valid_items=4", "--device=cpu",
+        "--epoch=1", "--samples=1", "--evaluate_clips=0", "--valid_items=4", "--device=cpu",
     )  # fmt: skip
     assert status == 0 and (tmp_path / "best.pt").exists(), output
 
 
 def test_the_caption_probe_runs_at_the_end(dataset, tmp_path, command):
-    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--evaluate=True", "--evaluate_clips=2"]
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--evaluate_clips=2"]
     status, output = command(train, *args)
     assert status == 0 and re.search(r"instrument( +\d\.\d\d){5} +\d+%", output), output
     (line,) = [line for line in lines(tmp_path / "history.jsonl") if line["stage"] == "evaluate"]
@@ -156,7 +289,7 @@ def test_a_seed_gives_the_same_take_in_any_batch_and_a_prompt_is_continued(toy_r
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_gpu_run(dataset, tmp_path, dtype):
     finish(start("train.py", *TOY, f"--data={dataset}", f"--out={tmp_path}", "--device=cuda", f"--dtype={dtype}"))
     log = lines(tmp_path / "metrics.jsonl")

@@ -1,0 +1,291 @@
+"""What torchrun's processes share: a process group, sharded or replicated weights, whole state dicts, a watchdog.
+
+Without torchrun there is one process, rank 0 of 1, and every function here does next to nothing.
+"""
+
+import contextlib
+import datetime
+import functools
+import os
+import sys
+import threading
+import time
+import zlib
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from config import UserError
+
+SIGN_OF_LIFE = 10  # seconds after which a rank that gives none is named
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def connect():
+    """A new connection to the key-value store of this launch, which torchrun hosts, or else rank 0."""
+    host = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=host, wait_for_workers=False, multi_tenant=True)
+    return dist.PrefixStore(f"nanomusicgen/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+first_store = functools.cache(connect)
+
+
+def first_to_say(message):
+    """Whether no other rank has said the same, so that one mistake is not printed by every process."""
+    try:
+        return size() == 1 or first_store().add(f"said/{zlib.crc32(message.encode())}", 1) == 1
+    except dist.DistError:  # nobody hosts the store any more
+        return True
+
+
+def join(device):
+    """Joins the process group, if there is one to join; returns this rank's device. Only rank 0 prints from here on."""
+    if size() == 1:
+        return device
+    if device.type == "cuda":
+        local, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if local > there:
+            raise UserError(f"{local} processes on a machine with {there} GPUs; start torchrun with fewer")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"device = '{device.type}': trains in one process; start it without torchrun")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    day = datetime.timedelta(days=1)  # ending a hang is the watchdog's task
+    dist.init_process_group(backend, store=first_store(), rank=rank(), world_size=size(), timeout=day)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def leave():
+    watchdog.stop()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def exit(status):
+    """Ends this process at once if it is one of several: leaving the group in good order would wait for the others."""
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status) if dist.is_initialized() else sys.exit(status)
+
+
+def refuse_differences(**mine):
+    """Raises UserError on every rank if one was started with other settings than rank 0."""
+    for other, theirs in enumerate(gather(mine)):
+        if other == 0:
+            first = theirs
+        differ = [f"{key} is {first[key]!r} on rank 0, {theirs[key]!r} on rank {other}"
+                  for key in first if first[key] != theirs.get(key)]  # fmt: skip
+        if differ:
+            raise UserError(f"the processes of one run need the same settings: {'; '.join(differ)}")
+
+
+# ------------------------------------------------------------------------------------------------ communication
+
+
+def gather(value):
+    """Every rank's value, in a list by rank."""
+    if size() == 1:
+        return [value]
+    values = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(tensor):
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait():
+    """Until every rank is here."""
+    if size() > 1:
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def shard(model, s, device, dtype):
+    """FSDP2: each block's weights, then the rest, are spread over the ranks and gathered where they are used.
+
+    Blocks are gathered in `dtype`, gradients are summed in float32, and so are the weights that the optimizer has.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, so only where it is needed
+
+    mesh = dist.init_device_mesh(device.type, (size(),))
+    low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=low, reshard_after_forward=s.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+def replicate(model, device):
+    """DDP: every rank has all weights; gradients are averaged while the backward pass still runs."""
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def without_sync(model, apart):
+    """The context for micro-batches whose gradients DDP need not reduce yet. FSDP does, to keep them sharded."""
+    return model.no_sync() if apart and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def whole(tensor):
+    """A tensor put together again if FSDP has spread it; every rank must call this at the same time."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def share_of(tensor, like):
+    """The part of a whole tensor that this rank holds, spread as `like` is."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def on_rank_0(tensors):
+    """{name: tensor} as whole tensors on rank 0's CPU; empty on the others, which must call it at the same time."""
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor)
+        if rank() == 0:
+            found[name] = tensor.cpu()
+    return found
+
+
+def model_state(model):
+    """The state dict `on_rank_0`: the same for any number of ranks and way of spreading."""
+    return on_rank_0(model.state_dict())
+
+
+def load_model_state(model, state):
+    """Every rank has the whole `state` and takes its share."""
+    model.load_state_dict({name: share_of(state[name], like) for name, like in model.state_dict().items()})
+
+
+def optimizer_state(optimizer):
+    """As `model_state`."""
+    state = optimizer.state_dict()
+    return {**state, "state": {i: on_rank_0(tensors) for i, tensors in state["state"].items()}}
+
+
+def load_optimizer_state(optimizer, state):
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    shares = {i: {key: share_of(value, params[i]) if value.shape == params[i].shape else value
+                  for key, value in of.items()} for i, of in state["state"].items()}  # fmt: skip
+    optimizer.load_state_dict({**state, "state": shares})
+
+
+# ------------------------------------------------------------------------------------------------ watchdog
+
+
+class Watchdog:
+    """Each rank tells the store how far it is, and ends the run if for too long no rank gets any further.
+
+    The rank to blame is the one that is least far: the others are waiting for it in a collective. A rank whose own
+    watchdog falls silent is dead or stopped, and is named after SIGN_OF_LIFE seconds.
+    """
+
+    def __init__(self):
+        self.step, self.count, self.doing, self.running = 0, 0, "starting", False
+
+    def start(self, seconds):
+        """seconds: without progress, until the run ends."""
+        self.seconds, self.running, self.seen, self.named = seconds, True, {}, set()
+        self.store = connect()
+        self.post(0)
+        wait()
+        threading.Thread(target=self.watch, daemon=True).start()
+        usual = sys.excepthook
+        sys.excepthook = lambda *error: (usual(*error), self.explain(error[1]), exit(1))
+
+    def stop(self):
+        self.running = False
+
+    def post(self, alive):
+        self.store.set(f"beat/{rank()}", f"{self.step}\n{self.count}\n{self.doing}\n{alive}")
+
+    def look(self):
+        """Reads all ranks' beats; notes when each last changed. -> [(step, count, doing)] by rank."""
+        beats, now = [], time.monotonic()
+        for other, text in enumerate(self.store.multi_get([f"beat/{r}" for r in range(size())])):
+            step, count, doing, alive = text.decode().split("\n")
+            beats.append((int(step), int(count), doing))
+            for key, value in ((("alive", other), alive), (("far", other), (step, count))):
+                if self.seen.get(key, (None,))[0] != value:
+                    self.seen[key] = (value, now)
+        return beats
+
+    def still(self, what, other):
+        return time.monotonic() - self.seen[what, other][1]
+
+    def watch(self):
+        alive, pause = 0, min(1.0, self.seconds / 4)
+        while self.running:
+            alive += 1
+            try:
+                self.post(alive)
+                beats = self.look()
+            except dist.DistError:
+                return self.end("the launcher is gone")
+            for other in set(range(size())) - self.named:
+                if self.still("alive", other) > SIGN_OF_LIFE:
+                    self.named.add(other)
+                    self.say(f"{self.where(beats, other)}: no sign of life for {SIGN_OF_LIFE} s")
+            if min(self.still("far", other) for other in range(size())) > self.seconds:
+                last = min(range(size()), key=lambda other: beats[other][:2])
+                return self.end(f"{self.where(beats, last)}: no progress for {self.seconds:g} s")
+            time.sleep(pause)
+
+    def explain(self, error):
+        """After an exception, often that of a connection which a dead rank has closed: who and where."""
+        with contextlib.suppress(dist.DistError):
+            self.look()
+            time.sleep(3)
+            beats = self.look()
+            silent = [other for other in range(size()) if other != rank() and self.still("alive", other) > 2]
+            for other in silent:
+                self.say(f"{self.where(beats, other)}: has died")
+            if not silent:
+                self.say(f"{self.where(beats, rank())}: {error}")
+
+    def where(self, beats, other):
+        return f"rank {other}, step {beats[other][0]}, {beats[other][2]}"
+
+    def say(self, message):
+        if first_to_say(message):
+            print(f"\nwatchdog: {message}", file=sys.stderr, flush=True)
+
+    def end(self, message):
+        if self.running:
+            self.say(f"{message}; the run ends here, and goes on from the last commit when started again")
+            os._exit(1)
+
+
+watchdog = Watchdog()
+
+
+def watch(seconds):
+    if size() > 1 and seconds:
+        watchdog.start(seconds)
+
+
+def beat(doing, step=None):
+    """Tells the watchdog that this rank gets on, and with what."""
+    if step is not None and step != watchdog.step:
+        watchdog.step, watchdog.count = step, 0
+    watchdog.count, watchdog.doing = watchdog.count + 1, doing

@@ -1,0 +1,201 @@
+"""Several processes are one run: the same losses as one process, exact resume, and an end that is never silent."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOY, finish, start
+from test_train import lines, states_equal
+
+import train
+
+KILLS = int(os.environ.get("KILLS", 2))  # 50 take about ten minutes
+
+
+@pytest.fixture(scope="module")
+def uneven(dataset, tmp_path_factory):
+    """The toy data with short tracks, so that micro-batches and ranks differ in how many positions count."""
+    folder = Path(shutil.copytree(dataset, tmp_path_factory.mktemp("uneven") / "data"))
+    meta = json.loads((folder / "meta.json").read_text())
+    for split in ("train", "valid"):
+        tracks = lines(folder / f"{split}_000.jsonl")
+        for i, track in enumerate(tracks):
+            track["frames"] = 20 + 13 * i if i % 3 else track["frames"]
+        (folder / f"{split}_000.jsonl").write_text("".join(json.dumps(track) + "\n" for track in tracks))
+        meta[split]["frames"] = sum(track["frames"] for track in tracks)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def close(a, b, tolerance):
+    """Two state dicts of the same names and shapes, with all tensors within `tolerance`."""
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}")
+
+
+WAYS = {
+    "1": (1, "--micro_batch=0"),
+    "1 in micro-batches": (1, "--micro_batch=1"),
+    "2 by ddp": (2, "--parallel=ddp", "--micro_batch=1"),
+    "4 by ddp": (4, "--parallel=ddp"),
+    "2 by fsdp": (2, "--parallel=fsdp", "--micro_batch=1", "--activation_checkpointing=True"),
+    "4 by fsdp": (4, "--parallel=fsdp", "--reshard_after_forward=False"),
+}
+
+
+def test_the_same_run_on_1_2_and_4_processes(uneven, tmp_path, command):
+    common = [*TOY, f"--data={uneven}", "--steps=20", "--epoch=10", "--ema_every=2", "--valid_items=5",
+              "--cfg_dropout=0.3", "--merge_text_p=0.5", "--word_dropout=0.2", "--samples=3"]  # fmt: skip
+    runs = {way: start("train.py", *common, f"--out={tmp_path / way}", *more, ranks=ranks)
+            for way, (ranks, *more) in WAYS.items() if ranks > 1}  # fmt: skip
+    printed = {way: command(train, *common, f"--out={tmp_path / way}", *more)[1]
+               for way, (ranks, *more) in WAYS.items() if ranks == 1}  # fmt: skip
+    printed |= {way: finish(run) for way, run in runs.items()}
+    one, *others = (tmp_path / way for way in WAYS)
+    (count,) = re.findall(r"([\d.]+M parameters) on 1 x cpu", printed["1"])
+    for out in others:
+        assert f"{count} on {WAYS[out.name][0]} x cpu" in printed[out.name]
+        for log in ("metrics.jsonl", "history.jsonl"):
+            a, b = lines(one / log), lines(out / log)
+            assert len(a) == len(b)
+            for ours, theirs in zip(a, b):
+                for key in {"ce", "grad_norm", "gain"} & ours.keys():
+                    assert ours[key] == pytest.approx(theirs[key], abs=5e-6), (out.name, ours["step"], key)
+                assert ours.get("clips") == theirs.get("clips")
+        for name in ("last.pt", "best.pt"):
+            a, b = (torch.load(folder / name, weights_only=True) for folder in (one, out))
+            close(a["model"], b["model"], 1e-5)
+        a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (one, out))
+        close(a["ema"], b["ema"], 1e-5)
+        assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+        for clip in lines(out / "history.jsonl")[-1]["clips"]:
+            assert (out / clip["free"]).exists() and (out / clip["continued"]).exists()
+
+
+def wait_for(path, count, process):
+    """Until a log has `count` lines."""
+    while not (path.exists() and len(path.read_text().splitlines()) >= count):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_stopped_on_two_it_goes_on_exactly_on_two_and_to_rounding_on_one(dataset, tmp_path):
+    """With FSDP; that DDP goes on exactly is part of the next test."""
+    common = [*TOY, f"--data={dataset}", "--steps=60", "--epoch=40", "--parallel=fsdp", "--samples=0"]
+    whole = start("train.py", *common, f"--out={tmp_path / 'whole'}", ranks=2)
+    parts = start("train.py", *common, f"--out={tmp_path / 'parts'}", ranks=2)
+    wait_for(tmp_path / "parts" / "metrics.jsonl", 3, parts)
+    parts.send_signal(signal.SIGTERM)
+    printed = parts.communicate(timeout=60)[0]
+    stopped = int(re.search(r"committed at step (\d+); to go on: torchrun --nproc_per_node=2 train.py", printed)[1])
+    assert 3 <= stopped < 60 and stopped != 40, "the test is about stopping within an epoch"
+    shutil.copytree(tmp_path / "parts", tmp_path / "one")
+    on_two = start("train.py", *common, f"--out={tmp_path / 'parts'}", ranks=2)
+    on_one = start("train.py", *common, f"--out={tmp_path / 'one'}")
+    for process in (whole, on_two, on_one):
+        printed = finish(process)
+    assert f"at step {stopped}" in printed
+    a, b, c = (torch.load(tmp_path / side / "last.pt", weights_only=True) for side in ("whole", "parts", "one"))
+    for saved in (a, b):
+        saved["settings"].pop("out")
+    assert states_equal(a, b)
+    close(a["model"], c["model"], 1e-4)
+    close(a["ema"], c["ema"], 1e-4)
+
+
+def test_killed_at_random_moments_it_loses_nothing_but_time(dataset, tmp_path):
+    """kill -9 of one rank or of all, in training, validation, sampling or saving."""
+    rng, kills = random.Random(0), 0
+    common = [*TOY, f"--data={dataset}", "--steps=40", "--epoch=2", "--samples=1", "--keep_every=5", "--watchdog=20"]
+    whole = start("train.py", *common, f"--out={tmp_path / 'whole'}", ranks=2)
+    finish(whole)
+    out, committed = tmp_path / "parts", 0
+    while True:
+        run = start("train.py", *common, f"--out={out}", ranks=2)
+        if kills == KILLS:
+            printed = finish(run)
+            break
+        before = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+        while run.poll() is None and before == (
+            len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+        ):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1))
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() if run.poll() is None else []
+        for victim in rng.choice([workers, workers[:1], workers[1:]]):
+            os.kill(int(victim), signal.SIGKILL)
+        if rng.random() < 0.5 and run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+        run.communicate(timeout=60)
+        kills += 1
+        if (out / "last.pt").exists():
+            step = torch.load(out / "last.pt", weights_only=True)["step"]
+            assert step >= committed, "a commit was lost"
+            committed = step
+    assert not committed or "going on from" in printed
+    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path / "whole", out))
+    for saved in (a, b):
+        saved["settings"].pop("out")
+    assert states_equal(a, b)
+    for name in ("metrics.jsonl", "history.jsonl"):
+        a, b = lines(tmp_path / "whole" / name), lines(out / name)
+        for line in a + b:
+            for key in ("tokens_per_s", "data_wait"):
+                line.pop(key, None)
+        assert a == b
+    assert sorted(path.name for path in out.glob("*.pt")) == [
+        "best.pt", "epoch_0005.pt", "epoch_0010.pt", "epoch_0015.pt", "epoch_0020.pt", "last.pt",
+    ]  # fmt: skip
+
+
+def start_pair(*args, second=()):
+    """Two ranks without torchrun, which would take half a minute to kill a stopped one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launch = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    return [start("train.py", *args, *(second if rank else ()), RANK=str(rank), **launch) for rank in range(2)]
+
+
+@pytest.mark.parametrize("number, said", [
+    (signal.SIGSTOP, r"watchdog: rank 1, step \d+, .*: no progress for 3 s; the run ends here"),
+    (signal.SIGKILL, r"watchdog: rank 1, step \d+, .*: has died"),
+])  # fmt: skip
+def test_a_rank_that_hangs_or_dies_ends_the_run_by_name(dataset, tmp_path, number, said):
+    endless = ("--steps=100000", "--epoch=100000", "--watchdog=3")
+    pair = start_pair(*TOY, f"--data={dataset}", f"--out={tmp_path}", *endless)
+    wait_for(tmp_path / "metrics.jsonl", 3, pair[0])
+    pair[1].send_signal(number)
+    output = finish(pair[0], status=1)
+    assert re.search(said, output), output
+    pair[1].kill()
+    pair[1].communicate()
+
+
+def test_different_settings_on_different_ranks_are_refused(dataset, tmp_path):
+    pair = start_pair(*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", second=("--lr=0.5", "--seed=3"))
+    printed = "".join(finish(process, status=2) for process in pair)
+    assert "seed is 0 on rank 0, 3 on rank 1; lr is 0.001 on rank 0, 0.5 on" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_said_once_by_torchrun(dataset, tmp_path):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}"]
+    odd = start("train.py", *args, "--batch_size=5", ranks=2)
+    contrary = start("train.py", *args, "--batch_size=8", "--micro_batch=3", ranks=2)
+    for process, message in (
+        (odd, "batch_size = 5 does not divide by 2 processes; the nearest that fit: --batch_size=4 or --batch_size=6"),
+        (contrary, "batch_size = 8 does not divide by 2 processes x micro_batch = 3; the nearest that fit:"
+                   " --batch_size=6 or --batch_size=12 or --micro_batch=2"),
+    ):  # fmt: skip
+        assert finish(process, status=1).count(message) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,241 @@
+"""The listening page: all of it there, nothing from elsewhere, nothing that a caption could smuggle in."""
+
+import json
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import soundfile
+
+import report
+
+EVIL = '</script><img src=x onerror=alert(1)> "quoted" & ünïcode'
+NAME = 'x <u>#1 "%41'  # of the wavs
+RATE = 16_000
+
+
+class Page(HTMLParser):
+    """The tags of a page in order, and the text outside of style and script."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self.inside = [], "", ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside not in ("style", "script"):
+            self.text += data
+
+    def all(self, tag, key=None):
+        return [attrs if key is None else attrs[key] for name, attrs in self.tags if name == tag]
+
+
+def wav(path, seconds=1.0, hertz=440):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * RATE)) / RATE), RATE)
+    return path
+
+
+def clip(step, name):
+    folder = f"samples/step_{step:06d}"
+    return dict(caption=EVIL, seed=0, free=f"{folder}/{name}.wav", continued=f"{folder}/{name}_continued.wav",
+                prompt_seconds=0.25, reference=f"samples/held_out/{name}.wav",
+                codec=f"samples/held_out/{name}_codec.wav")  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two epochs; its names and captions are hostile."""
+    out = tmp_path / "a <u> & c"
+    for path in ("held_out/{}", "held_out/{}_codec", "step_000003/{}", "step_000006/{}", "step_000006/{}_continued"):
+        wav(out / "samples" / f"{path.format(NAME)}.wav")
+    (out / "config.json").write_text(json.dumps({"steps": 12, "epoch": 3, "data": "<u>" + EVIL}, indent=1) + "\n")
+    (out / "code.diff").write_text("0123456789abcdef\ndiff --git a/x b/x\n-if a < b:\n+<script>alert(2)</script>\n")
+    lines = [dict(step=step, epoch=1, ce=6 - step / 10, ppl=2.0, ce_q=[5.0, 5.5, 6.0 - step], lr=1e-3 / step,
+                  grad_norm=float(step), tokens_per_s=1234, data_wait=0.1) for step in range(1, 7)]  # fmt: skip
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 77, "ce": 0.0')
+    lines = []
+    for step, ce in ((3, 4.321), (6, 4.567)):
+        adherence = {"tempo <i>": {"chance": 0.2, "real": 1.0, "cfg 3": 0.6, "cfg 1": 0.5, "no text": 0.2},
+                     "drums": {"chance": 0.4, "real": 0.9, "cfg 3": 0.81, "cfg 1": 0.5, "no text": 0.2}}  # fmt: skip
+        lines += [
+            dict(step=step, epoch=step // 3, stage="valid", ce=ce, ppl=70.0, ce_q=[3.0, 4.0, 5.0],
+                 unigram_q=[5.0, 6.0, 7.0], gain=0.0371),
+            dict(step=step, epoch=step // 3, stage="evaluate", clips=8, fad=2.345, fad_real=1.111, chroma=0.654,
+                 chroma_chance=0.432, rtf=3.21, adherence=adherence),
+            dict(step=step, epoch=step // 3, stage="generate", clips=[clip(step, NAME)]),
+        ]  # fmt: skip
+    (out / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return out
+
+
+def test_every_piece_is_there(run):
+    path = report.write(run)
+    page = Page(path)
+    assert path == run / "index.html"
+    for figure in ("step 6 of 12, epoch 2 of 4", "50 %", "4.321", "unigram 6.000; at step 3", "0.037", "0.705", "2.345",
+                   "chance 0.300, real 0.950", "real against real 1.111", "0.654", "chance 0.432"):  # fmt: skip
+        assert figure in page.text, figure
+    for part in ("0123456789, with uncommitted changes", "0123456789abcdef", "-if a < b:", "steps12", "tempo <i>"):
+        assert part in page.text, part
+    curves = {attrs["aria-label"].removesuffix(" by step") for attrs in page.all("svg")}
+    assert curves == {
+        "loss", "loss q1", "loss q2", "loss q3", "learning rate", "gradient norm", "conditioning gain",
+        "caption adherence", "Fréchet audio distance", "chroma similarity", "generation", "training",
+        "waiting for data",
+    }  # fmt: skip
+    lines = [[point.split(",") for point in points.split()] for points in page.all("polyline", "points")]
+    assert [[float(y) for _, y in line] for line in lines[:3]] == [
+        pytest.approx([5.9, 5.8, 5.7, 5.6, 5.5, 5.4]), pytest.approx([4.321, 4.567]), [6, 6],
+    ]  # fmt: skip
+    assert "width:25.00%" in page.all("span", "style") and "prompt 0.25 s" in page.text
+
+
+def test_each_round_has_its_caption_players_and_pictures_newest_first(run):
+    page = Page(report.write(run))
+    players, pictures = page.all("audio", "src"), page.all("img", "src")
+    for sources, suffix in ((players, ".wav"), (pictures, ".png")):
+        files = [unquote(source) for source in sources]
+        assert [file.split("/")[1] for file in files] == ["held_out"] * 2 + ["step_000006"] * 2 + ["held_out"] * 2 + [
+            "step_000003"
+        ]
+        assert all(file.endswith(suffix) and (run / file).is_file() for file in files)
+    assert page.text.count(EVIL) == 3, "once a round, and once in the settings"
+    assert {attrs["preload"] for attrs in page.all("audio")} == {"none"}
+    assert {attrs["loading"] for attrs in page.all("img")} == {"lazy"}
+    with open(run / "history.jsonl", "a") as file:
+        for epoch in (3, 4):
+            line = dict(step=3 * epoch, epoch=epoch, stage="generate", clips=[clip(3 * epoch, "gone")])
+            file.write(json.dumps(line) + "\n")
+    assert re.findall(r"Epoch (\d), step", Page(report.write(run)).text) == ["4", "3", "2", "1"]
+
+
+def test_a_wav_that_is_gone_or_broken_is_said_and_not_played(run):
+    (run / "samples/step_000006" / f"{NAME}.wav").write_bytes(b"RIFF")
+    page = Page(report.write(run))
+    assert f"file missing: samples/step_000003/{NAME}_continued.wav" in page.text
+    assert f"cannot be read: samples/step_000006/{NAME}.wav" in page.text
+    assert len(page.all("audio")) == len(page.all("img")) == 6
+
+
+def test_captions_settings_and_code_are_text_and_nothing_comes_from_elsewhere(run):
+    page = Page(report.write(run))
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == tags.count("style") == 1 and not {"u", "iframe", "link", "object"} & set(tags)
+    for tag, attrs in page.tags:
+        assert not any(key.startswith("on") for key in attrs), (tag, attrs)
+        for key in {"src", "href"} & attrs.keys():
+            assert attrs[key].startswith(("#", "samples/")), (tag, attrs)
+    assert "url(" not in report.STYLE and "import" not in report.STYLE + report.SCRIPT
+
+
+def test_a_line_cut_by_a_kill_is_ignored_and_a_damaged_one_is_not(run):
+    assert "step 6 of 12" in Page(report.write(run)).text
+    (run / "metrics.jsonl").write_text('{"step": 1, "ce"\n{"step": 2, "ce": 3.0}\n')
+    with pytest.raises(report.UserError, match="metrics.jsonl: not JSON"):
+        report.write(run)
+
+
+def test_older_and_emptier_folders(run):
+    (run / "code.diff").unlink()
+    (run / "metrics.jsonl").write_text('{"step": 10, "ce": 6.2, "lr": 0.0001, "grad_norm": 0.7}\n')
+    valid = dict(step=10, epoch=1, stage="valid", ce=5.4321, ppl=2.0, ce_q=[5.0], unigram_q=[5.5], gain=0.01)
+    evaluate = dict(step=10, epoch=1, stage="evaluate", adherence={})
+    (run / "history.jsonl").write_text(f"{json.dumps(valid)}\n{json.dumps(evaluate)}\n")
+    text = Page(report.write(run)).text
+    assert "no git hash" in text and "no samples" in text and "5.432" in text and "adherence" not in text
+    for name in ("metrics.jsonl", "history.jsonl"):
+        (run / name).unlink()
+    page = Page(report.write(run))
+    assert "step 0 of 12" in page.text and not page.all("svg") and not page.all("audio")
+
+
+def decode(path):
+    """The palette indices of a PNG, uint8 [height, width], and its palette; every check sum is checked."""
+    content, chunks = path.read_bytes(), {}
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    at = 8
+    while at < len(content):
+        (size,), kind = struct.unpack(">I", content[at : at + 4]), content[at + 4 : at + 8]
+        chunks[kind] = content[at + 8 : at + 8 + size]
+        assert zlib.crc32(kind + chunks[kind]) == struct.unpack(">I", content[at + 8 + size : at + 12 + size])[0]
+        at += 12 + size
+    width, height, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert rest == [8, 3, 0, 0, 0] and list(chunks) == [b"IHDR", b"PLTE", b"IDAT", b"IEND"]
+    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, width + 1)
+    assert not rows[:, 0].any()
+    return rows[:, 1:], np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(256, 3)
+
+
+def test_a_picture_is_a_png_with_high_notes_above_low_ones_on_one_scale(tmp_path):
+    pictures = {}
+    for hertz in (200, 4000):
+        path = wav(tmp_path / f"{hertz}.wav", seconds=2, hertz=hertz)
+        path.with_suffix(".png").write_bytes(report.png(report.spectrogram(path, RATE)))
+        pictures[hertz], palette = decode(path.with_suffix(".png"))
+        assert pictures[hertz].shape == (80, 101)
+    assert pictures[4000].mean(1).argmax() < 30 and pictures[200].mean(1).argmax() > 60
+    assert palette.sum(1)[0] < 10 and palette.sum(1)[-1] > 600 and (np.diff(palette.sum(1).astype(int)) >= 0).all()
+    quiet = tmp_path / "quiet.wav"
+    soundfile.write(quiet, 0.1 * soundfile.read(tmp_path / "200.wav")[0], RATE, subtype="FLOAT")
+    difference = int(pictures[200].max()) - int(report.spectrogram(quiet, RATE).max())
+    assert difference == pytest.approx(20 / 80 * 255, abs=2), "20 dB on a scale of 80"
+    assert report.spectrogram(wav(tmp_path / "long.wav", seconds=20), RATE).shape == (80, 400)
+    assert report.spectrogram(wav(tmp_path / "short.wav", seconds=0.01), RATE).shape[0] == 80
+
+
+def test_pictures_are_drawn_once_and_again_for_a_newer_wav(run):
+    report.write(run)
+    picture = run / "samples/step_000003" / f"{NAME}.png"
+    first = picture.stat().st_mtime_ns, picture.read_bytes()
+    report.write(run)
+    assert picture.stat().st_mtime_ns == first[0]
+    wav(picture.with_suffix(".wav"), hertz=2000)
+    report.write(run)
+    assert picture.read_bytes() != first[1]
+
+
+def test_the_page_is_replaced_whole_or_not_at_all(run, command):
+    report.write(run)
+    before = (run / "index.html").read_bytes()
+    (run / "index.html.tmp").mkdir()
+    status, output = command(report, run)
+    assert status == 2 and "cannot be written" in output and "Traceback" not in output
+    assert (run / "index.html").read_bytes() == before
+    (run / "index.html.tmp").rmdir()
+    assert command(report, run) == (0, f"wrote {run / 'index.html'}\n") and not (run / "index.html.tmp").exists()
+
+
+def test_the_command_line_on_a_folder_that_is_no_run(command, tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        status, output = command(report, folder)
+        assert status == 2 and output.startswith("report.py: error: ") and "not a run's folder" in output
+        assert output.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_curves_are_thinned_and_keep_their_spikes():
+    points = [(step, 1.0 + step % 7 / 100) for step in range(1, 20_001)]
+    points[4321], points[17_000] = (4322, 99.0), (17_001, -5.0)
+    thinned = report.thin(points)
+    assert len(thinned) <= 302 and {points[0], points[-1], (4322, 99.0), (17_001, -5.0)} <= set(thinned)
+    assert thinned == sorted(thinned)
+
+
+@pytest.mark.parametrize("low, high, log", [(3.1, 6.2, 0), (0, 1e-3, 0), (5, 5, 0), (0, 0, 0), (-2e-3, 0.04, 0),
+                                            (0.3, 0.9, 1), (1, 1, 1), (1e-6, 3e4, 1), (10, 10, 1)])  # fmt: skip
+def test_ticks_are_few_round_and_cover_the_values(low, high, log):
+    marks = report.ticks(low, high, bool(log))
+    assert marks[0] <= low and marks[-1] >= high and 2 <= len(marks) <= 12 and marks == sorted(set(marks))
+    assert all(len(f"{mark:g}") <= 7 for mark in marks)
