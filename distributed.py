@@ -29,6 +29,13 @@ def size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def launcher():
+    """The command that started this process, up to the name of the program."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+    nodes = f"--nnodes={size() // here} (and the rendezvous, on each node) " if here < size() else ""
+    return f"torchrun {nodes}--nproc_per_node={here}" if size() > 1 else "python"
+
+
 def connect():
     """A new connection to the key-value store of this launch, which torchrun hosts, or else rank 0."""
     host = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -44,7 +51,7 @@ def first_to_say(message):
     """Whether no other rank has said the same, so that one mistake is not printed by every process."""
     try:
         return size() == 1 or first_store().add(f"said/{zlib.crc32(message.encode())}", 1) == 1
-    except dist.DistError:  # nobody hosts the store any more
+    except RuntimeError:  # nobody hosts the store any more
         return True
 
 
@@ -211,7 +218,14 @@ class Watchdog:
         wait()
         threading.Thread(target=self.watch, daemon=True).start()
         usual = sys.excepthook
-        sys.excepthook = lambda *error: (usual(*error), self.explain(error[1]), exit(1))
+
+        def explain(kind, error, trace):
+            usual(kind, error, trace)
+            with contextlib.suppress(RuntimeError):  # the store may be gone as well
+                self.explain(error)
+            exit(1)
+
+        sys.excepthook = explain
 
     def stop(self):
         self.running = False
@@ -240,7 +254,7 @@ class Watchdog:
             try:
                 self.post(alive)
                 beats = self.look()
-            except dist.DistError:
+            except RuntimeError:
                 return self.end("the launcher is gone")
             for other in set(range(size())) - self.named:
                 if self.still("alive", other) > SIGN_OF_LIFE:
@@ -253,15 +267,14 @@ class Watchdog:
 
     def explain(self, error):
         """After an exception, often that of a connection which a dead rank has closed: who and where."""
-        with contextlib.suppress(dist.DistError):
-            self.look()
-            time.sleep(3)
-            beats = self.look()
-            silent = [other for other in range(size()) if other != rank() and self.still("alive", other) > 2]
-            for other in silent:
-                self.say(f"{self.where(beats, other)}: has died")
-            if not silent:
-                self.say(f"{self.where(beats, rank())}: {error}")
+        self.look()
+        time.sleep(3)
+        beats = self.look()
+        silent = [other for other in range(size()) if other != rank() and self.still("alive", other) > 2]
+        for other in silent:
+            self.say(f"{self.where(beats, other)}: has died")
+        if not silent:
+            self.say(f"{self.where(beats, rank())}: {error}")
 
     def where(self, beats, other):
         return f"rank {other}, step {beats[other][0]}, {beats[other][2]}"

@@ -117,24 +117,14 @@ def append(path, line):
 
 
 def lines_until(path, step):
-    """The lines of a log up to the step that the run goes on from; later ones are dropped from the file too."""
-    if not path.exists():
+    """The lines of a log up to the step that the run goes on from; rank 0 drops later ones from the file."""
+    if not path.exists() or distributed.rank() > 0:
         return []
     lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]  # a kill may cut the last
     lines = [line for line in lines if json.loads(line)["step"] <= step]
-    if distributed.rank() == 0:
-        path.with_suffix(".tmp").write_text("".join(lines))
-        path.with_suffix(".tmp").replace(path)
+    path.with_suffix(".tmp").write_text("".join(lines))
+    path.with_suffix(".tmp").replace(path)
     return [json.loads(line) for line in lines]
-
-
-def keep(path, kept):
-    """A second name for the file as it is now; `path` may be replaced, never written into."""
-    kept.unlink(missing_ok=True)
-    try:
-        os.link(path, kept)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, kept)
 
 
 def record_code(out):
@@ -233,7 +223,8 @@ def main():
         distributed.load_model_state(model, saved["model"])
         distributed.load_model_state(ema, saved["ema"])
         distributed.load_optimizer_state(optimizer, saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty unless it was a float16 run
+            scaler.load_state_dict(saved["scaler"])
         step, skipped, best_ce = saved["step"], saved["skipped"], saved["best_ce"]
         ce_total, since_log, grad_norm = np.array(saved["ce_total"]), saved["since_log"], saved["grad_norm"]
     del saved, parent
@@ -252,6 +243,16 @@ def main():
             except (OSError, UserError) as error:  # a page is not worth a run
                 tqdm.write(f"the listening page was not written: {error}", file=sys.stdout)
 
+    def keep():
+        """A second name for each `keep_every`-th epoch's last.pt, which is replaced and never written into."""
+        if rank == 0 and step and s.keep_every and step % (s.epoch * s.keep_every) == 0:
+            kept = out / f"epoch_{step // s.epoch:04d}.pt"
+            kept.unlink(missing_ok=True)
+            try:
+                os.link(last, kept)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(last, kept)
+
     # A signal asks for a commit at the next step; without torchrun, which repeats it, a second one ends the program.
     signals = []
 
@@ -269,6 +270,7 @@ def main():
         record_code(out)
     log = report.open_logger(s, out) if rank == 0 else lambda line: None
     past = [line for name in ("metrics.jsonl", "history.jsonl") for line in lines_until(out / name, step)]
+    keep()  # the run may have been killed after its last commit and before this
     for line in sorted(past, key=lambda line: line["step"]):
         log(line)
         if "stage" in line:
@@ -386,15 +388,13 @@ def main():
                     note("generate", clips=write_samples(out, step, best_model, codec, valid_data, s))
                 del best_model
             commit()
-            if rank == 0 and s.keep_every and epoch % s.keep_every == 0 and step % s.epoch == 0:
-                keep(last, out / f"epoch_{epoch:04d}.pt")
+            keep()
             clock, waited, steps_done = time.time(), 0.0, 0
         elif stopping:
             commit()
         if stopping:
             bar.close()
-            command = f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python"
-            print(f"stopped and committed at step {step}; to go on: {command} {shlex.join(sys.argv)}")
+            print(f"stopped and committed at step {step}; to go on: {distributed.launcher()} {shlex.join(sys.argv)}")
             distributed.leave()
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
     bar.close()

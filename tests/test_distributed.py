@@ -113,35 +113,36 @@ def test_stopped_on_two_it_goes_on_exactly_on_two_and_to_rounding_on_one(dataset
 
 
 def test_killed_at_random_moments_it_loses_nothing_but_time(dataset, tmp_path):
-    """kill -9 of one rank or of all, in training, validation, sampling or saving."""
-    rng, kills = random.Random(0), 0
-    common = [*TOY, f"--data={dataset}", "--steps=40", "--epoch=2", "--samples=1", "--keep_every=5", "--watchdog=20"]
-    whole = start("train.py", *common, f"--out={tmp_path / 'whole'}", ranks=2)
-    finish(whole)
-    out, committed = tmp_path / "parts", 0
-    while True:
+    """kill -9 of one rank, of all, or of torchrun too, in training, validation, sampling or saving."""
+    rng, steps, out, cut = random.Random(0), 10 * KILLS + 20, tmp_path / "parts", 0
+    common = [*TOY, f"--data={dataset}", f"--steps={steps}", "--epoch=2", "--keep_every=5", "--watchdog=20"]
+    finish(start("train.py", *common, f"--out={tmp_path / 'whole'}", ranks=2))
+
+    def committed():
+        return torch.load(out / "last.pt", weights_only=True)["step"] if (out / "last.pt").exists() else 0
+
+    for _ in range(KILLS):
+        before, log = committed(), out / "metrics.jsonl"
+        log.unlink(missing_ok=True) if not before else log.write_text(  # without what the last kill left uncommitted
+            "".join(log.read_text().splitlines(keepends=True)[:before])
+        )
         run = start("train.py", *common, f"--out={out}", ranks=2)
-        if kills == KILLS:
-            printed = finish(run)
-            break
-        before = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
-        while run.poll() is None and before == (
-            len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
-        ):
+        while not (log.exists() and len(log.read_text().splitlines()) > before) and run.poll() is None:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 1))
+        saving, until = rng.random() < 0.5, time.time() + rng.uniform(0, 1)
+        while run.poll() is None and time.time() < until + saving and not (saving and any(out.glob("*t.tmp"))):
+            time.sleep(0 if saving else 0.01)
         workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() if run.poll() is None else []
         for victim in rng.choice([workers, workers[:1], workers[1:]]):
             os.kill(int(victim), signal.SIGKILL)
         if rng.random() < 0.5 and run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
         run.communicate(timeout=60)
-        kills += 1
-        if (out / "last.pt").exists():
-            step = torch.load(out / "last.pt", weights_only=True)["step"]
-            assert step >= committed, "a commit was lost"
-            committed = step
-    assert not committed or "going on from" in printed
+        cut += any(out.glob("*t.tmp"))  # last.tmp or best.tmp
+        assert committed() >= before, "a commit was lost"
+    print(f"{KILLS} kills up to step {committed()} of {steps}, {cut} of them while a checkpoint was being written")
+    before, printed = committed(), finish(start("train.py", *common, f"--out={out}", ranks=2))
+    assert not before or f"going on from {out / 'last.pt'} at step {before}" in printed
     a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path / "whole", out))
     for saved in (a, b):
         saved["settings"].pop("out")
@@ -152,9 +153,8 @@ def test_killed_at_random_moments_it_loses_nothing_but_time(dataset, tmp_path):
             for key in ("tokens_per_s", "data_wait"):
                 line.pop(key, None)
         assert a == b
-    assert sorted(path.name for path in out.glob("*.pt")) == [
-        "best.pt", "epoch_0005.pt", "epoch_0010.pt", "epoch_0015.pt", "epoch_0020.pt", "last.pt",
-    ]  # fmt: skip
+    kept = [f"epoch_{epoch:04d}.pt" for epoch in range(5, steps // 2 + 1, 5)]
+    assert sorted(path.name for path in out.glob("*.pt")) == ["best.pt", *kept, "last.pt"]
 
 
 def start_pair(*args, second=()):
