@@ -76,6 +76,8 @@ def join(device):
 
 
 def leave():
+    """Every rank must call it: a rank that ends before rank 0 has saved would look like one that has died."""
+    wait()
     watchdog.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -194,7 +196,7 @@ def load_optimizer_state(optimizer, state):
     params = [param for group in optimizer.param_groups for param in group["params"]]
     shares = {i: {key: share_of(value, params[i]) if value.shape == params[i].shape else value
                   for key, value in of.items()} for i, of in state["state"].items()}  # fmt: skip
-    optimizer.load_state_dict({**state, "state": shares})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": shares})  # settings are those of this run
 
 
 # ------------------------------------------------------------------------------------------------ watchdog
@@ -203,8 +205,8 @@ def load_optimizer_state(optimizer, state):
 class Watchdog:
     """Each rank tells the store how far it is, and ends the run if for too long no rank gets any further.
 
-    The rank to blame is the one that is least far: the others are waiting for it in a collective. A rank whose own
-    watchdog falls silent is dead or stopped, and is named after SIGN_OF_LIFE seconds.
+    The ranks that are least far are named. Where all do the same work, as in training, the rank to blame is among them.
+    A rank whose own watchdog falls silent is dead or stopped, and is named after SIGN_OF_LIFE seconds.
     """
 
     def __init__(self):
@@ -261,8 +263,9 @@ class Watchdog:
                     self.named.add(other)
                     self.say(f"{self.where(beats, other)}: no sign of life for {SIGN_OF_LIFE} s")
             if min(self.still("far", other) for other in range(size())) > self.seconds:
-                last = min(range(size()), key=lambda other: beats[other][:2])
-                return self.end(f"{self.where(beats, last)}: no progress for {self.seconds:g} s")
+                least = min(beat[:2] for beat in beats)
+                last = [self.where(beats, other) for other in range(size()) if beats[other][:2] == least]
+                return self.end(f"{'; '.join(last)}: no progress for {self.seconds:g} s")
             time.sleep(pause)
 
     def explain(self, error):

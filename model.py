@@ -40,7 +40,7 @@ def pick_device(name="auto", dtype="auto"):
 
 
 # Dense bfloat16 and float16 matrix products, 1e12 operations a second, by the maker's data sheets.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121}
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L40": 181}
 
 
 def peak_flops(device, dtype):
@@ -221,7 +221,8 @@ class MusicLM(nn.Module):
         half counted in, as is the custom (arXiv:2204.02311, appendix B). The text's own are left out.
         """
         S = make_pattern(self.pattern_name, self.K, self.trained_frames, self.delays, training=True).S - 1
-        weights = sum(p.numel() for part in (self.blocks, self.heads) for p in part.parameters())
+        parts = [self.heads, *self.blocks]
+        weights = sum(p.numel() for part in parts for name, p in part.named_parameters() if "cross_kv" not in name)
         return 6 * weights * S + 12 * len(self.blocks) * self.embed.embedding_dim * S**2
 
     def aligned_logits(self, codes, inputs):

@@ -154,7 +154,6 @@ def main():
     device = distributed.join(device)
     rank, ranks = distributed.rank(), distributed.size()
     torch.set_flush_denormal(True)
-    torch.manual_seed(s.seed)
     out, last, best = Path(s.out), Path(s.out, "last.pt"), Path(s.out, "best.pt")
     saved = read_checkpoint(last, "last") if last.exists() else None
     if saved and not s.resume:
@@ -183,6 +182,7 @@ def main():
         tokenizer = (saved or parent)["tokenizer"]
 
     # Model
+    torch.manual_seed(s.seed)  # here, as making the data and the codec draws numbers too
     model = MusicLM(s, about, tokenizer)
     with torch.device("meta"):
         ema = MusicLM(s, about, tokenizer)
@@ -349,7 +349,7 @@ def main():
         epoch = math.ceil(step / s.epoch)
         if since_log and (step % s.log_every == 0 or step == s.steps):
             ce, seconds = ce_total.mean() / since_log, time.time() - clock
-            line = dict(step=step, epoch=epoch, ce=ce, ppl=math.exp(ce), ce_q=(ce_total / since_log).tolist(),
+            line = dict(step=step, epoch=epoch, ce=ce, ppl=math.exp(min(ce, 700)), ce_q=(ce_total / since_log).tolist(),
                         lr=learning_rate(step - 1, s), grad_norm=grad_norm,
                         tokens_per_s=round(steps_done * s.batch_size * T * codec.K / seconds),
                         data_wait=round(waited / seconds, 4))  # fmt: skip
@@ -370,6 +370,8 @@ def main():
             # Valid, with the averaged weights
             ce_q, null_q = validate(ema, valid_data, s, T, device, autocast)
             ce, gain = float(np.mean(ce_q)), float(np.mean(null_q) - np.mean(ce_q))
+            if not ce < 100:
+                raise UserError(f"step {step}: the held-out loss is {ce:g}; it has diverged, a lower --lr may help")
             note("valid", ce=ce, ppl=math.exp(ce), ce_q=ce_q, unigram_q=unigram, gain=gain)
             # Best
             if ce < best_ce:
