@@ -142,9 +142,13 @@ def shard(model, s, device, dtype):
 
 
 def replicate(model, device):
-    """DDP: every rank has all weights; gradients are averaged while the backward pass still runs."""
+    """DDP: every rank has all weights; gradients are averaged while the backward pass still runs.
+
+    Without the last option DDP regroups the gradients after its first step. A run that goes on would regroup later than
+    one that was never stopped, and on more than two ranks another grouping adds up in another order.
+    """
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=True)
 
 
 def without_sync(model, apart):
@@ -170,6 +174,7 @@ def on_rank_0(tensors):
     """{name: tensor} as whole tensors on rank 0's CPU; empty on the others, which must call it at the same time."""
     found = {}
     for name, tensor in tensors.items():
+        beat("saving")
         tensor = whole(tensor)
         if rank() == 0:
             found[name] = tensor.cpu()
@@ -251,8 +256,11 @@ class Watchdog:
 
     def watch(self):
         alive, pause = 0, min(1.0, self.seconds / 4)
+        turn = time.monotonic()
         while self.running:
-            alive += 1
+            alive, before, turn = alive + 1, turn, time.monotonic()
+            if turn - before > pause + SIGN_OF_LIFE:  # this process was suspended, and perhaps all of them
+                self.seen.clear()
             try:
                 self.post(alive)
                 beats = self.look()

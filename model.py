@@ -304,12 +304,26 @@ def choose_codes(logits, uniform, temperature, top_k, top_p):
     return codes.gather(-1, torch.minimum(rank, last))[..., 0]
 
 
-def save_checkpoint(path, kind, **state):
+class Reporting:
+    """A file that calls `progress` at each write, so that a long save is seen to go on."""
+
+    def __init__(self, file, progress):
+        self.file, self.progress = file, progress
+
+    def write(self, content):
+        self.progress()
+        return self.file.write(content)
+
+    def flush(self):
+        self.file.flush()
+
+
+def save_checkpoint(path, kind, progress=lambda: None, **state):
     """Writes to a temporary name, syncs, renames: whatever happens, `path` holds a whole checkpoint or the old one."""
     path, temporary = Path(path), Path(path).with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, file)
+            torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, Reporting(file, progress))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py config/large.py --data=data/mine --parallel=fsdp
     python train.py --help                           # every setting
 
-Ctrl-C commits at the next step, and the same command goes on from there, bit for bit.
+Ctrl-C commits at the next step, and the same command goes on from there, bit for bit on as many processes.
 """
 
 import dataclasses
@@ -129,10 +129,10 @@ def lines_until(path, step):
 
 def record_code(out):
     """The git hash and the changes on top of it, so that a run can be traced to its code."""
-    here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+    here = dict(cwd=Path(__file__).parent, capture_output=True)
     commands = (["git", "rev-parse", "HEAD"], ["git", "diff", "HEAD"])
     try:
-        (out / "code.diff").write_text("".join(subprocess.run(command, **here).stdout for command in commands))
+        (out / "code.diff").write_bytes(b"".join(subprocess.run(command, **here).stdout for command in commands))
     except OSError:  # no git on this machine
         pass
 
@@ -229,12 +229,15 @@ def main():
         ce_total, since_log, grad_norm = np.array(saved["ce_total"]), saved["since_log"], saved["grad_norm"]
     del saved, parent
 
+    def saving():
+        distributed.beat("saving")
+
     def commit():
         state = dict(model=distributed.model_state(model), ema=distributed.model_state(ema),
                      optimizer=distributed.optimizer_state(optimizer), scaler=scaler.state_dict())  # fmt: skip
         if rank == 0:
             save_checkpoint(
-                last, "last", **state, step=step, skipped=skipped, best_ce=best_ce, ce_total=ce_total.tolist(),
+                last, "last", saving, **state, step=step, skipped=skipped, best_ce=best_ce, ce_total=ce_total.tolist(),
                 since_log=since_log, grad_norm=grad_norm, settings=dataclasses.asdict(s), codec=about,
                 tokenizer=tokenizer,
             )  # fmt: skip
@@ -304,13 +307,13 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
         model.train()
-        distributed.beat("forward and backward")
         codes, valid = batch.codes.to(device), batch.valid.to(device)
         everywhere = torch.arange(T) < batch.lengths[:, None]
         count = model.loss_mask(everywhere.to(device)).sum((0, 2)).clamp(min=1)  # [K], of the batch over all ranks
         ce_q = torch.zeros(codec.K, device=device)
         size = s.micro_batch or len(codes)
         for i in range(0, len(codes), size):
+            distributed.beat("forward and backward")
             inputs = model.conditioner.prepare(batch.conditions[i : i + size], device)
             with distributed.without_sync(net, i + size < len(codes)):
                 with autocast():
@@ -377,8 +380,9 @@ def main():
             if ce < best_ce:
                 best_ce, state = ce, distributed.model_state(ema)
                 if rank == 0:
-                    save_checkpoint(best, "best", model=state, settings=dataclasses.asdict(s), codec=about,
+                    save_checkpoint(best, "best", saving, model=state, settings=dataclasses.asdict(s), codec=about,
                                     tokenizer=tokenizer, step=step, ce=ce, ce_q=ce_q, gain=gain)  # fmt: skip
+                del state
             # Evaluate and generate, with the best weights
             evaluating, sampling = s.evaluate_clips and due(s.evaluate_every), s.samples and due(s.generate_every)
             if evaluating or sampling:

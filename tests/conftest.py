@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import demo_music  # noqa: E402
 
+torch.set_num_threads(1)  # toys gain nothing from a second, and the processes that tests start need the other core
+
 TOY = (
     "--dim=32 --heads=2 --layers=2 --text_dim=32 --text_heads=2 --text_layers=1 --segment=1 --batch_size=4 --steps=6"
     " --epoch=3 --log_every=1 --warmup=2 --samples=1 --valid_items=4 --evaluate_clips=0 --micro_batch=0 --device=cpu"
