@@ -1,5 +1,6 @@
 """Every command of the README runs, at toy size and in a folder of its own."""
 
+import concurrent.futures
 import re
 import shlex
 import shutil
@@ -37,8 +38,7 @@ def test_the_readme_has_its_two_commands():
     assert len(PROGRAMS) >= 8
 
 
-@pytest.mark.parametrize("command", PROGRAMS)
-def test_command(command, home):
+def run(command, home):
     program, *args = [word for word in shlex.split(command)[1:] if not word.startswith("--nproc_per_node")]
     if program == "train.py" and "--help" not in args:
         args += [*TOY, f"--out=out/{abs(hash(command))}", "--codec=tiny"]
@@ -55,8 +55,19 @@ def test_command(command, home):
             args[args.index("--out") + 1] += "_new"
     if program == "train_codec.py" and args[0] == "evaluate":
         args += ["--clips", "2"]
-    output = finish(start(program, *args, cwd=home, ranks=2 if command.startswith("torchrun") else 1))
-    assert output
+    return finish(start(program, *args, cwd=home, ranks=2 if command.startswith("torchrun") else 1))
+
+
+@pytest.fixture(scope="module")
+def outcomes(home):
+    """All commands in their order, two at a time."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield {command: pool.submit(run, command, home) for command in PROGRAMS}
+
+
+@pytest.mark.parametrize("command", PROGRAMS)
+def test_command(command, outcomes):
+    assert outcomes[command].result()
 
 
 def test_the_file_map_names_every_file():
