@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+import distributed
 from codec import first_line
 from conditioning import Conditioner
 from config import FIELDS, Settings, UserError
@@ -304,26 +305,26 @@ def choose_codes(logits, uniform, temperature, top_k, top_p):
     return codes.gather(-1, torch.minimum(rank, last))[..., 0]
 
 
-class Reporting:
-    """A file that calls `progress` at each write, so that a long save is seen to go on."""
+class WatchedFile:
+    """A file that beats at each write, so that the watchdog sees a long save go on."""
 
-    def __init__(self, file, progress):
-        self.file, self.progress = file, progress
+    def __init__(self, file):
+        self.file = file
 
     def write(self, content):
-        self.progress()
+        distributed.beat("saving")
         return self.file.write(content)
 
     def flush(self):
         self.file.flush()
 
 
-def save_checkpoint(path, kind, progress=lambda: None, **state):
+def save_checkpoint(path, kind, **state):
     """Writes to a temporary name, syncs, renames: whatever happens, `path` holds a whole checkpoint or the old one."""
     path, temporary = Path(path), Path(path).with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, Reporting(file, progress))
+            torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, WatchedFile(file))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -54,10 +54,9 @@ def changed_settings(saved, ours):
 
 
 @torch.no_grad()
-def validate(model, valid_data, s, T, device, autocast):
+def validate(model, valid_data, s, T, size, device, autocast):
     """Cross-entropy per codebook over the held-out segments, each rank its share -> (with text, without), [K]."""
     total = torch.zeros(3, model.K, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    size = s.micro_batch or max(1, s.batch_size // distributed.size())
     for batch in valid_data.batches(T, size, s.valid_items, distributed.rank(), distributed.size()):
         distributed.beat("validating")
         codes, valid = batch.codes.to(device), batch.valid.to(device)
@@ -120,11 +119,9 @@ def lines_until(path, step):
     """The lines of a log up to the step that the run goes on from; rank 0 drops later ones from the file."""
     if not path.exists() or distributed.rank() > 0:
         return []
-    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]  # a kill may cut the last
-    lines = [line for line in lines if json.loads(line)["step"] <= step]
-    path.with_suffix(".tmp").write_text("".join(lines))
-    path.with_suffix(".tmp").replace(path)
-    return [json.loads(line) for line in lines]
+    lines = [line for line in report.read(path, log=True) if line["step"] <= step]
+    report.replace(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return lines
 
 
 def record_code(out):
@@ -153,6 +150,7 @@ def main():
     device, dtype = pick_device(s.device, s.dtype)
     device = distributed.join(device)
     rank, ranks = distributed.rank(), distributed.size()
+    size = s.micro_batch or s.batch_size // ranks  # items that one device holds at once
     torch.set_flush_denormal(True)
     out, last, best = Path(s.out), Path(s.out, "last.pt"), Path(s.out, "best.pt")
     saved = read_checkpoint(last, "last") if last.exists() else None
@@ -229,15 +227,12 @@ def main():
         ce_total, since_log, grad_norm = np.array(saved["ce_total"]), saved["since_log"], saved["grad_norm"]
     del saved, parent
 
-    def saving():
-        distributed.beat("saving")
-
     def commit():
         state = dict(model=distributed.model_state(model), ema=distributed.model_state(ema),
                      optimizer=distributed.optimizer_state(optimizer), scaler=scaler.state_dict())  # fmt: skip
         if rank == 0:
             save_checkpoint(
-                last, "last", saving, **state, step=step, skipped=skipped, best_ce=best_ce, ce_total=ce_total.tolist(),
+                last, "last", **state, step=step, skipped=skipped, best_ce=best_ce, ce_total=ce_total.tolist(),
                 since_log=since_log, grad_norm=grad_norm, settings=dataclasses.asdict(s), codec=about,
                 tokenizer=tokenizer,
             )  # fmt: skip
@@ -311,7 +306,6 @@ def main():
         everywhere = torch.arange(T) < batch.lengths[:, None]
         count = model.loss_mask(everywhere.to(device)).sum((0, 2)).clamp(min=1)  # [K], of the batch over all ranks
         ce_q = torch.zeros(codec.K, device=device)
-        size = s.micro_batch or len(codes)
         for i in range(0, len(codes), size):
             distributed.beat("forward and backward")
             inputs = model.conditioner.prepare(batch.conditions[i : i + size], device)
@@ -371,7 +365,7 @@ def main():
 
         if step % s.epoch == 0 or step == s.steps:
             # Valid, with the averaged weights
-            ce_q, null_q = validate(ema, valid_data, s, T, device, autocast)
+            ce_q, null_q = validate(ema, valid_data, s, T, size, device, autocast)
             ce, gain = float(np.mean(ce_q)), float(np.mean(null_q) - np.mean(ce_q))
             if not ce < 100:
                 raise UserError(f"step {step}: the held-out loss is {ce:g}; it has diverged, a lower --lr may help")
@@ -380,7 +374,7 @@ def main():
             if ce < best_ce:
                 best_ce, state = ce, distributed.model_state(ema)
                 if rank == 0:
-                    save_checkpoint(best, "best", saving, model=state, settings=dataclasses.asdict(s), codec=about,
+                    save_checkpoint(best, "best", model=state, settings=dataclasses.asdict(s), codec=about,
                                     tokenizer=tokenizer, step=step, ce=ce, ce_q=ce_q, gain=gain)  # fmt: skip
                 del state
             # Evaluate and generate, with the best weights
@@ -414,8 +408,7 @@ def main():
     print("codebook   " + "".join(f"{f'q{k + 1}':>8}" for k in range(codec.K)))
     print("valid ce   " + "".join(f"{ce:8.3f}" for ce in summary["ce_q"]))
     print("unigram ce " + "".join(f"{ce:8.3f}" for ce in unigram))
-    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    for line in history:
+    for line in report.read(out / "history.jsonl", log=True):
         if line["stage"] == "evaluate" and line["step"] == step:
             metrics.print_table(line)
     print(f"\nlisten: {out / 'index.html'}")
