@@ -15,8 +15,10 @@ import torch
 from conftest import TOY, finish, start
 from test_train import lines, same_run, untimed
 
+import distributed
 import train
 from config import UserError, check_sizes
+from model import save_checkpoint
 
 KILLS = int(os.environ.get("KILLS", 1))  # 50 take about ten minutes
 
@@ -128,6 +130,8 @@ def test_killed_at_random_moments_it_loses_nothing_but_time(dataset, tmp_path):
         run = start("train.py", *common, f"--out={out}", ranks=2)
         while not (log.exists() and len(log.read_text().splitlines()) > before) and run.poll() is None:
             time.sleep(0.01)
+        while kill == 0 and not committed() and run.poll() is None:  # so that there is something to go on from
+            time.sleep(0.01)
         saving, until = kill % 2 == 0, time.time() + rng.uniform(0, 1)
         while run.poll() is None and time.time() < until + saving and not (saving and any(out.glob("*t.tmp"))):
             time.sleep(0 if saving else 0.01)
@@ -141,7 +145,7 @@ def test_killed_at_random_moments_it_loses_nothing_but_time(dataset, tmp_path):
         assert committed() >= before, "a commit was lost"
     print(f"{KILLS} kills up to step {committed()} of {steps}, {cut} of them while a checkpoint was being written")
     before, printed = committed(), finish(start("train.py", *common, f"--out={out}", ranks=2))
-    assert not before or f"going on from {out / 'last.pt'} at step {before}" in printed
+    assert before and f"going on from {out / 'last.pt'} at step {before}" in printed
     assert same_run(tmp_path / "whole", out)
     for name in ("metrics.jsonl", "history.jsonl"):
         assert untimed(tmp_path / "whole" / name) == untimed(out / name)
@@ -171,6 +175,12 @@ def test_a_rank_that_hangs_or_dies_ends_the_run_by_name(dataset, tmp_path, numbe
     assert re.search(said, output), output
     pair[1].kill()
     pair[1].communicate()
+
+
+def test_a_long_save_is_seen_to_go_on(tmp_path):
+    before = distributed.watchdog.count
+    save_checkpoint(tmp_path / "last.pt", "last", model={str(i): torch.zeros(9) for i in range(20)})
+    assert distributed.watchdog.count > before + 20 and distributed.watchdog.doing == "saving"
 
 
 def test_different_settings_on_different_ranks_are_refused(dataset, tmp_path):

@@ -66,10 +66,21 @@ def test_a_run_leaves_what_it_promises(toy_run):
         assert continued.stem == free.stem + "_continued" and soundfile.info(free).duration == pytest.approx(1.0)
 
 
-def test_the_demo_makes_its_own_corpus(tmp_path):
-    args = (*TOY, f"--out={tmp_path / 'out'}", f"--data={tmp_path / 'demo'}", "--demo_clips=4")
-    finish(start("train.py", "config/demo.py", *args))
+def test_the_demo_makes_its_own_corpus(tmp_path, command):
+    args = (*TOY, f"--data={tmp_path / 'demo'}", "--demo_clips=4", "--samples=0")
+    finish(start("train.py", "config/demo.py", *args, f"--out={tmp_path / 'out'}"))
     assert len(list((tmp_path / "demo_audio").glob("*.flac"))) == 4 and (tmp_path / "out" / "best.pt").exists()
+    assert command(train, "config/demo.py", *args, f"--out={tmp_path / 'again'}")[0] == 0
+    assert same_run(tmp_path / "out", tmp_path / "again"), "the start must not depend on who made the corpus"
+
+
+def test_settings_of_the_optimizer_may_change_on_going_on(dataset, tmp_path, command):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
+    assert command(train, *args)[0] == 0
+    status, output = command(train, *args, "--steps=8", "--weight_decay=0.3", "--beta1=0.8")
+    assert status == 0 and "weight_decay was 0.1, is 0.3" in output
+    matrices, vectors = torch.load(tmp_path / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert matrices["weight_decay"] == 0.3 and vectors["weight_decay"] == 0.0 and matrices["betas"][0] == 0.8
 
 
 def test_a_finished_run_is_not_measured_twice(dataset, tmp_path, command):
