@@ -63,10 +63,18 @@ def load_audio(path, sample_rate, channels=1):
 
 
 def write_wav(folder, caption, seed, wav, sample_rate, suffix=""):
-    """wav [channels, samples] -> folder/CAPTION_SEED.wav, any `suffix` before the dot; returns the path."""
+    """wav [channels, samples] -> folder/CAPTION_SEED.wav, any `suffix` before the dot; returns the path.
+
+    Raises UserError if the file cannot be written.
+    """
     slug = re.sub(r"\W+", "_", caption.lower())[:60].strip("_") or "no_caption"
     path = Path(folder, f"{slug}_{seed}{suffix}.wav")
-    soundfile.write(path, wav.clamp(-1, 1).T.cpu().numpy(), sample_rate)
+    try:
+        soundfile.write(path, wav.clamp(-1, 1).T.cpu().numpy(), sample_rate)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise UserError(
+            f"{path}: cannot be written ({first_line(error)}); make room, or choose another folder"
+        ) from None
     return path
 
 

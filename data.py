@@ -7,6 +7,7 @@ data/NAME/  meta.json        codec, counts, and what it was prepared from
             train_000.npy    uint16 [frames, K], read by memory map; a further shard every SHARD_FRAMES
             train_000.jsonl  per track: path, first frame in the shard, frames, caption, metadata
             valid_000.*      held out by a hash of the path: adding tracks moves none to the other side
+            counts.npy       int64 [2, K, card], how often each code occurs in train and in valid
             tokenizer.model  SentencePiece, trained on the captions;  skipped.jsonl: what was left out, and why
 
 Letters: B batch, K codebooks, T frames.
@@ -32,12 +33,13 @@ import torch
 from tqdm import tqdm
 
 import config
+import distributed
 from codec import SUFFIXES, encode_long, load_audio, load_codec
 from conditioning import draw_conditions
 from config import UserError
 
 SHARD_FRAMES = 100_000_000
-DATA_FORMAT = 1
+DATA_FORMAT = 2
 
 
 # ---------------------------------------------------------------------------------------------------- prepare
@@ -143,6 +145,16 @@ def write_json(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
+def histogram(tokens, tracks, card):
+    """How often each code occurs in tracks of `tokens`, uint16 [frames, K] -> int64 [K, card]."""
+    counts = np.zeros((tokens.shape[1], card), dtype=np.int64)
+    for track in tracks:
+        distributed.beat("counting")
+        for k, column in enumerate(tokens[track["first"] : track["first"] + track["frames"]].T):
+            counts[k] += np.bincount(column, minlength=card)
+    return counts
+
+
 def train_tokenizer(tracks, vocab_size):
     """SentencePiece (unigram, byte fallback) on every caption and every 'key: value' of the metadata -> bytes."""
     sentences = [track["caption"] for track in tracks if track["caption"]]
@@ -196,6 +208,7 @@ def encode_all(work, tracks, codec, codec_name, codec_weights, min_seconds, work
         bar = tqdm(total=len(tracks), initial=len(done), desc="encoding", unit="track", file=sys.stdout, mininterval=1)
         with pool, bar:
             for codes, reason in pool.imap(encode_track, jobs):
+                distributed.beat("encoding")
                 entry = dict(frames=0 if codes is None else len(codes), skipped=reason)
                 if codes is not None:
                     tokens.write(codes.tobytes())
@@ -255,6 +268,7 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         write_split(work, split, side, tokens)
     (work / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped), encoding="utf-8")
     (work / "tokenizer.model").write_bytes(train_tokenizer(sides["train"], vocab_size))
+    np.save(work / "counts.npy", [histogram(tokens, side, codec.card) for side in sides.values()])
     counts = {split: dict(tracks=len(side), frames=sum(t["frames"] for t in side)) for split, side in sides.items()}
     about = dict(name=codec_name, id=codec.id, K=codec.K, card=codec.card, frame_rate=codec.frame_rate)
     write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=about, **counts, request=request))
@@ -372,21 +386,21 @@ class Tokens:
             batch = self.collate(items, T, [{"text": track["caption"]} for track, _ in items])
             yield batch if chosen else batch._replace(valid=torch.zeros_like(batch.valid))
 
-    def histogram(self):
-        """How often each code occurs, int64 [K, card]."""
-        counts = np.zeros((self.K, self.card), dtype=np.int64)
-        for track in self.tracks:
-            for k, column in enumerate(self.codes(track).T):
-                counts[k] += np.bincount(column, minlength=self.card)
-        return counts
+
+def unigram_ce(folder):
+    """Held-out cross-entropy in nats, float [K], of the best model that knows only how often each code occurs."""
+    train, valid = np.load(Path(folder, "counts.npy"))
+    p = train + 1.0
+    return -(valid * np.log(p / p.sum(1, keepdims=True))).sum(1) / valid.sum(1)
 
 
-def unigram_ce(train, valid):
-    """Cross-entropy in nats, float [K], of the best model that knows only how often each code occurs."""
-    p = train.histogram() + 1.0
-    log_p = np.log(p / p.sum(1, keepdims=True))
-    counts = valid.histogram()
-    return -(counts * log_p).sum(1) / counts.sum(1)
+def fingerprint(folder):
+    """A number that differs, as good as surely, between data sets; of a shard only the size and the counts go in."""
+    crc = 0
+    for path in sorted(Path(folder).iterdir()):
+        content = b"" if path.match("train_*.npy") or path.match("valid_*.npy") else path.read_bytes()
+        crc = zlib.crc32(f"{path.name} {path.stat().st_size}".encode() + content, crc)
+    return crc
 
 
 # ---------------------------------------------------------------------------------------------------- check

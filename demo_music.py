@@ -230,8 +230,11 @@ def write_clip(folder, seed, index):
     return json.dumps({"path": path.name, "caption": attributes.pop("caption"), "attributes": attributes})
 
 
-def write_corpus(folder, clips, seed=0, workers=None):
-    """Writes clips and manifest.jsonl to a folder, or what an earlier call has not -> path of the manifest"""
+def write_corpus(folder, clips, seed=0, workers=None, progress=lambda: None):
+    """Writes clips and manifest.jsonl to a folder, or what an earlier call has not -> path of the manifest.
+
+    progress: called after each clip.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     manifest, stamp = folder / "manifest.jsonl", folder / "corpus.json"
@@ -245,7 +248,7 @@ def write_corpus(folder, clips, seed=0, workers=None):
     if not manifest.exists():
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             lines = pool.imap(functools.partial(write_clip, folder, seed), range(clips), chunksize=16)
-            lines = list(tqdm(lines, total=clips, desc="synthesising", unit="clip"))
+            lines = [(line, progress())[0] for line in tqdm(lines, total=clips, desc="synthesising", unit="clip")]
         partial = manifest.with_suffix(".partial")
         partial.write_text("\n".join(lines) + "\n")
         partial.replace(manifest)

@@ -38,6 +38,8 @@ def launcher():
 
 def connect():
     """A new connection to the key-value store of this launch, which torchrun hosts, or else rank 0."""
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is {size()}, yet {', '.join(missing)} not set; use torchrun, or unset WORLD_SIZE")
     host = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=host, wait_for_workers=False, multi_tenant=True)
@@ -47,18 +49,24 @@ def connect():
 first_store = functools.cache(connect)
 
 
-def first_to_say(message):
+def first_to_say(message, store=None):
     """Whether no other rank has said the same, so that one mistake is not printed by every process."""
     try:
-        return size() == 1 or first_store().add(f"said/{zlib.crc32(message.encode())}", 1) == 1
-    except RuntimeError:  # nobody hosts the store any more
+        return size() == 1 or (store or first_store()).add(f"said/{zlib.crc32(message.encode())}", 1) == 1
+    except (UserError, RuntimeError):  # nobody hosts the store, or not any more
         return True
 
 
-def join(device):
-    """Joins the process group, if there is one to join; returns this rank's device. Only rank 0 prints from here on."""
+def join(device, seconds):
+    """Joins the process group, if there is one to join; returns this rank's device. Only rank 0 prints from here on.
+
+    seconds: without progress of any rank, until the watchdog ends the run; 0: never.
+    """
     if size() == 1:
         return device
+    first_store()
+    if seconds:
+        watchdog.start(seconds)
     if device.type == "cuda":
         local, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if local > there:
@@ -77,6 +85,7 @@ def join(device):
 
 def leave():
     """Every rank must call it: a rank that ends before rank 0 has saved would look like one that has died."""
+    beat("leaving")
     wait()
     watchdog.stop()
     if dist.is_initialized():
@@ -86,7 +95,7 @@ def leave():
 def exit(status):
     """Ends this process at once if it is one of several: leaving the group in good order would wait for the others."""
     sys.stdout.flush(), sys.stderr.flush()
-    os._exit(status) if dist.is_initialized() else sys.exit(status)
+    os._exit(status) if size() > 1 else sys.exit(status)
 
 
 def refuse_differences(**mine):
@@ -100,28 +109,51 @@ def refuse_differences(**mine):
             raise UserError(f"the processes of one run need the same settings: {'; '.join(differ)}")
 
 
+def refuse_unshared(folder):
+    """Raises UserError on every rank unless all see the same folder: only rank 0 writes there, and all read."""
+    mark = gather(folder / f".rank_0_is_here_{time.time_ns()}")[0]
+    if rank() == 0:
+        mark.touch()
+    wait()
+    seen = gather(any(mark.exists() or time.sleep(1) for _ in range(10)))  # network folders may lag behind
+    if rank() == 0:
+        mark.unlink()
+    if not all(seen):
+        raise UserError(f"{folder}: not one folder for all: rank {seen.index(False)} does not see what rank 0 writes")
+
+
 # ------------------------------------------------------------------------------------------------ communication
+
+
+@contextlib.contextmanager
+def waiting():
+    """A rank that waits here for the others is not to blame for what holds them up."""
+    watchdog.waits = True
+    yield
+    watchdog.waits = False
 
 
 def gather(value):
     """Every rank's value, in a list by rank."""
-    if size() == 1:
-        return [value]
-    values = [None] * size()
-    dist.all_gather_object(values, value)
+    values = [value] * size()
+    if size() > 1:
+        with waiting():
+            dist.all_gather_object(values, value)
     return values
 
 
 def sum_over_ranks(tensor):
     if size() > 1:
-        dist.all_reduce(tensor)
+        with waiting():
+            dist.all_reduce(tensor)
     return tensor
 
 
 def wait():
     """Until every rank is here."""
     if size() > 1:
-        dist.barrier()
+        with waiting():
+            dist.barrier()
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -210,19 +242,17 @@ def load_optimizer_state(optimizer, state):
 class Watchdog:
     """Each rank tells the store how far it is, and ends the run if for too long no rank gets any further.
 
-    The ranks that are least far are named. Where all do the same work, as in training, the rank to blame is among them.
-    A rank whose own watchdog falls silent is dead or stopped, and is named after SIGN_OF_LIFE seconds.
+    Named are the ranks whose own watchdog has fallen silent, as they are dead or stopped; else those that are least
+    far, without the ones that wait for others: the one to blame is among them.
     """
 
     def __init__(self):
-        self.step, self.count, self.doing, self.running = 0, 0, "starting", False
+        self.step, self.count, self.doing, self.waits, self.running = 0, 0, "starting", False, False
 
     def start(self, seconds):
         """seconds: without progress, until the run ends."""
         self.seconds, self.running, self.seen, self.named = seconds, True, {}, set()
         self.store = connect()
-        self.post(0)
-        wait()
         threading.Thread(target=self.watch, daemon=True).start()
         usual = sys.excepthook
 
@@ -238,14 +268,19 @@ class Watchdog:
         self.running = False
 
     def post(self, alive):
-        self.store.set(f"beat/{rank()}", f"{self.step}\n{self.count}\n{self.doing}\n{alive}")
+        self.store.set(f"beat/{rank()}", f"{self.step}\n{self.count}\n{self.doing}\n{int(self.waits)}\n{alive}")
 
     def look(self):
-        """Reads all ranks' beats; notes when each last changed. -> [(step, count, doing)] by rank."""
+        """Reads all ranks' beats; notes when each last changed. -> [(step, count, doing, waits)] by rank."""
         beats, now = [], time.monotonic()
-        for other, text in enumerate(self.store.multi_get([f"beat/{r}" for r in range(size())])):
-            step, count, doing, alive = text.decode().split("\n")
-            beats.append((int(step), int(count), doing))
+        keys = [f"beat/{other}" for other in range(size())]
+        if self.store.check(keys):
+            texts = self.store.multi_get(keys)
+        else:
+            texts = [self.store.get(key) if self.store.check([key]) else b"0\n0\nnot there yet\n0\n0" for key in keys]
+        for other, text in enumerate(texts):
+            step, count, doing, waits, alive = text.decode().split("\n")
+            beats.append((int(step), int(count), doing, waits == "1"))
             for key, value in ((("alive", other), alive), (("far", other), (step, count))):
                 if self.seen.get(key, (None,))[0] != value:
                     self.seen[key] = (value, now)
@@ -255,11 +290,11 @@ class Watchdog:
         return time.monotonic() - self.seen[what, other][1]
 
     def watch(self):
-        alive, pause = 0, min(1.0, self.seconds / 4)
+        alive, pause, patience = 0, min(1.0, self.seconds / 4), min(SIGN_OF_LIFE, self.seconds / 2)
         turn = time.monotonic()
         while self.running:
             alive, before, turn = alive + 1, turn, time.monotonic()
-            if turn - before > pause + SIGN_OF_LIFE:  # this process was suspended, and perhaps all of them
+            if turn - before > pause + patience:  # this process was suspended, and perhaps all of them
                 self.seen.clear()
             try:
                 self.post(alive)
@@ -267,13 +302,13 @@ class Watchdog:
             except RuntimeError:
                 return self.end("the launcher is gone")
             for other in set(range(size())) - self.named:
-                if self.still("alive", other) > SIGN_OF_LIFE:
+                if self.still("alive", other) > SIGN_OF_LIFE and beats[other][2] != "not there yet":
                     self.named.add(other)
                     self.say(f"{self.where(beats, other)}: no sign of life for {SIGN_OF_LIFE} s")
             if min(self.still("far", other) for other in range(size())) > self.seconds:
-                least = min(beat[:2] for beat in beats)
-                last = [self.where(beats, other) for other in range(size()) if beats[other][:2] == least]
-                return self.end(f"{'; '.join(last)}: no progress for {self.seconds:g} s")
+                silent = [other for other in range(size()) if self.still("alive", other) > patience]
+                last = "; ".join(self.where(beats, other) for other in silent or least_far(beats))
+                return self.end(f"{last}: no progress for {self.seconds:g} s")
             time.sleep(pause)
 
     def explain(self, error):
@@ -291,7 +326,7 @@ class Watchdog:
         return f"rank {other}, step {beats[other][0]}, {beats[other][2]}"
 
     def say(self, message):
-        if first_to_say(message):
+        if first_to_say(message, self.store):
             print(f"\nwatchdog: {message}", file=sys.stderr, flush=True)
 
     def end(self, message):
@@ -300,12 +335,14 @@ class Watchdog:
             os._exit(1)
 
 
+def least_far(beats):
+    """The ranks to blame for a standstill, given every rank's (step, count, doing, waits)."""
+    busy = [other for other, beat in enumerate(beats) if not beat[3]] or range(len(beats))
+    least = min(beats[other][:2] for other in busy)
+    return [other for other in busy if beats[other][:2] == least]
+
+
 watchdog = Watchdog()
-
-
-def watch(seconds):
-    if size() > 1 and seconds:
-        watchdog.start(seconds)
 
 
 def beat(doing, step=None):

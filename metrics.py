@@ -1,6 +1,7 @@
 """What `evaluate` measures: is it music, does it follow its caption, and how fast does it come?
 
     python metrics.py out/demo [--clips 60] [--cfg 3] [--device cpu]
+    torchrun --nproc_per_node=8 metrics.py out/small
 
 Clips are generated for the captions of held-out tracks, and compared with the first segment of those tracks. All real
 music is decoded from its codes too, so that the codec's own losses are on both sides.
@@ -271,7 +272,7 @@ def main():
     args = parser.parse_args()
     if args.clips < 1:
         raise UserError(f"--clips {args.clips}: must be at least 1")
-    device, _ = pick_device(args.device)
+    device = distributed.join(pick_device(args.device)[0], seconds=600)
     model, s, about = load_model(Path(args.run, "best.pt"), device)
     s.evaluate_clips, s.cfg = args.clips, s.cfg if args.cfg is None else args.cfg
     codec = load_codec(s.codec, s.codec_weights).to(device)
@@ -282,8 +283,10 @@ def main():
         )
     result = evaluate(model, codec, train_data, valid_data, s)
     print_table(result)
-    data.write_json(Path(args.run, "metrics.json"), result)
+    if distributed.rank() == 0:
+        data.write_json(Path(args.run, "metrics.json"), result)
+    distributed.leave()
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, distributed.first_to_say, distributed.exit)

@@ -7,6 +7,7 @@ Letters: B batch, K codebooks, T frames, S sequence steps, D model width, H head
 codes int64 [B, K, T] in [0, card); sequence [B, K, S] in [0, card], where `card` is the special token.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -41,7 +42,8 @@ def pick_device(name="auto", dtype="auto"):
 
 
 # Dense bfloat16 and float16 matrix products, 1e12 operations a second, by the maker's data sheets.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L40": 181}
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "A100": 312,
+               "L40S": 362, "L40": 181}  # fmt: skip
 
 
 def peak_flops(device, dtype):
@@ -127,6 +129,11 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm3(x))))
 
 
+@functools.lru_cache(maxsize=32)  # a table is used several times a step, and making it waits for the device
+def pattern_on(device, *description):
+    return make_pattern(*description).to(device)
+
+
 class MusicLM(nn.Module):
     """settings: see config/__init__.py; codec: a dict with K, card and frame_rate; tokenizer: SentencePiece bytes."""
 
@@ -173,7 +180,7 @@ class MusicLM(nn.Module):
             )
 
     def pattern(self, T, training=False):
-        return make_pattern(self.pattern_name, self.K, T, self.delays, training).to(self.embed.weight.device)
+        return pattern_on(self.embed.weight.device, self.pattern_name, self.K, T, self.delays, training)
 
     def hidden(self, sequence, states, mask, cache=None):
         """sequence [B, K, S], after the steps in the cache if there is one -> what the heads read, [B, S, D]."""
@@ -332,10 +339,10 @@ def save_checkpoint(path, kind, **state):
         temporary.unlink(missing_ok=True)
         tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        free = shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise UserError(
-            f"{path}: cannot be written ({first_line(error)}); {needed:,} bytes are needed and {free:,} are free; make"
-            f" room and start again. {'The one before it is whole' if path.exists() else 'There was none before it'}"
+            f"{path}: cannot be written ({first_line(error)}); {needed:,} bytes are needed and {free:,} are free there."
+            f" Mend that, start again; {'the one before it is whole' if path.exists() else 'there is none before it'}"
         ) from None
 
 

@@ -54,6 +54,7 @@ class Pattern:
     def __init__(self, step, S):
         self.step, self.S = step, S
         self.K, self.T = step.shape
+        self.longest = max(S, int(step.max()) + 1)
 
     def to(self, device):
         return Pattern(self.step.to(device), self.S)
@@ -70,8 +71,7 @@ class Pattern:
 
     def build(self, codes, special):
         """codes [B, K, T] -> sequence [B, K, S], `special` where no code stands. One scatter."""
-        longest = max(self.S, int(self.step.max()) + 1)
-        sequence = codes.new_full((len(codes), self.K, longest), special)
+        sequence = codes.new_full((len(codes), self.K, self.longest), special)
         return sequence.scatter(2, self.step.expand_as(codes), codes)[:, :, : self.S]
 
     def revert(self, sequence, special):

@@ -403,7 +403,8 @@ def write(out):
         raise UserError(f"{out}: not a run's folder: no config.json, metrics.jsonl or history.jsonl is there")
     s, metrics = read(out / "config.json"), read(out / "metrics.jsonl", log=True)
     history = [with_means(line) for line in read(out / "history.jsonl", log=True)]
-    code = (out / "code.diff").read_text(encoding="utf-8", errors="replace") if (out / "code.diff").exists() else ""
+    recorded = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(out.glob("code_*.diff"))]
+    code = recorded[-1] if recorded else ""
     commit, _, diff = code.partition("\n")
     changed = "with uncommitted changes" if diff.strip() else "no uncommitted changes"
     version = f"git {escape(commit[:10])}, {changed}" if commit else "no git hash was recorded"

@@ -65,13 +65,9 @@ def main():
         prompt = encode_long(codec, wav).expand(len(args.captions), -1, -1)
     if frames > model.trained_frames:
         print(f"{args.duration:g} s is past the {s.segment:g} s of training: going on in windows of that length")
-    try:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written to ({error.strerror})") from None
+    config.refuse_unwritable(args.out, "--out")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
 
     seeds = [args.seed + i for i in range(len(args.captions))]
     started = time.time()

@@ -1,4 +1,4 @@
-"""Trains a MusicGen, top to bottom: restore -> (train, valid, best, evaluate, generate, commit) per epoch.
+"""Trains a MusicGen, top to bottom: restore -> (train, commit, valid, best, evaluate, generate) per epoch.
 
     python train.py config/demo.py                   # text to music on a laptop, in a quarter of an hour
     torchrun --nproc_per_node=8 train.py config/small.py --data=data/mine
@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from codec import load_audio, load_codec, write_wav
 from config import UserError
 from model import MusicLM, load_model, peak_flops, pick_device, read_checkpoint, save_checkpoint
 
-SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layers text_max_tokens segment".split()
+SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layers text_max_tokens".split()
 
 
 def learning_rate(step, s):
@@ -49,7 +48,7 @@ def learning_rate(step, s):
 def changed_settings(saved, ours):
     """{setting: 'what it was and is'} between a checkpoint and this run."""
     theirs = {**dataclasses.asdict(config.Settings()), **saved["settings"]}
-    theirs |= dict(codec=saved["codec"]["id"], tokenizer=zlib.crc32(saved["tokenizer"]))
+    theirs |= dict(codec=saved["codec"]["id"])
     return {key: f"{key} was {theirs[key]!r}, is {ours[key]!r}" for key in ours if theirs[key] != ours[key]}
 
 
@@ -89,6 +88,7 @@ def write_samples(out, step, model, codec, valid_data, s):
     held_out.mkdir(exist_ok=True)
 
     def write(folder, codes_or_wav, seed, suffix):
+        distributed.beat("writing samples")
         wav = codes_or_wav if codes_or_wav.is_floating_point() else codec.decode(codes_or_wav[None])[0]
         path = write_wav(folder, tracks[seed]["caption"], seed, wav, codec.sample_rate, suffix)
         return path.relative_to(out).as_posix()
@@ -111,8 +111,13 @@ def write_samples(out, step, model, codec, valid_data, s):
 
 def append(path, line):
     if distributed.rank() == 0:
-        with open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); started again, the run goes on from its last commit"
+            ) from None
 
 
 def lines_until(path, step):
@@ -124,14 +129,17 @@ def lines_until(path, step):
     return lines
 
 
-def record_code(out):
-    """The git hash and the changes on top of it, so that a run can be traced to its code."""
+def record_code(out, step):
+    """The git hash, the changes on top of it, the names of new files: what code the run began with, or goes on with."""
     here = dict(cwd=Path(__file__).parent, capture_output=True)
-    commands = (["git", "rev-parse", "HEAD"], ["git", "diff", "HEAD"])
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--short"], ["git", "diff", "HEAD"])
     try:
-        (out / "code.diff").write_bytes(b"".join(subprocess.run(command, **here).stdout for command in commands))
+        code = b"".join(subprocess.run(command, **here).stdout for command in commands)
     except OSError:  # no git on this machine
-        pass
+        return
+    known = sorted(out.glob("code_*.diff"))
+    if not known or known[-1].read_bytes() != code:
+        (out / f"code_{step:06d}.diff").write_bytes(code)
 
 
 def describe(line):
@@ -148,38 +156,43 @@ def describe(line):
 def main():
     s = config.load(sys.argv[1:], __doc__)
     device, dtype = pick_device(s.device, s.dtype)
-    device = distributed.join(device)
+    s.device, s.dtype = device.type, str(dtype).removeprefix("torch.")
+    device = distributed.join(device, s.watchdog)
     rank, ranks = distributed.rank(), distributed.size()
     size = s.micro_batch or s.batch_size // ranks  # items that one device holds at once
     torch.set_flush_denormal(True)
     out, last, best = Path(s.out), Path(s.out, "last.pt"), Path(s.out, "best.pt")
+    config.refuse_unwritable(out, "--out")
     saved = read_checkpoint(last, "last") if last.exists() else None
     if saved and not s.resume:
         raise UserError(f"{last}: a run is there; choose another --out, or remove it, or drop --resume=False")
     parent = read_checkpoint(s.init_from, "best") if s.init_from and not saved else None
     distributed.refuse_differences(
-        **dataclasses.asdict(s), computes_on=f"{device.type} in {dtype}", torch_version=torch.__version__,
-        step_of_last_pt=saved and saved["step"],
-    )  # fmt: skip
+        **dataclasses.asdict(s), torch_version=torch.__version__, step_of_last_pt=saved and saved["step"]
+    )
 
     # Data
     if s.demo_clips and rank == 0 and not Path(s.data, "meta.json").exists():
-        demo_music.write_corpus(s.data + "_audio", s.demo_clips)
+        demo_music.write_corpus(s.data + "_audio", s.demo_clips, progress=lambda: distributed.beat("synthesising"))
         data.prepare(f"{s.data}_audio/manifest.jsonl", s.data, s.codec, s.codec_weights)
     distributed.wait()
     train_data, valid_data = data.Tokens(s.data, "train"), data.Tokens(s.data, "valid")
+    distributed.refuse_differences(content_of_the_data=data.fingerprint(s.data))
     codec, about = load_codec(s.codec, s.codec_weights).to(device), train_data.meta["codec"]
     if codec.id != about["id"]:
         raise UserError(
             f"{s.data} was prepared with codec {about['id']}, and --codec={s.codec} is {codec.id}; prepare it again"
         )
-    unigram = data.unigram_ce(train_data, valid_data).tolist()
+    unigram = data.unigram_ce(s.data).tolist()
     T = round(s.segment * codec.frame_rate)
     tokenizer = Path(s.data, "tokenizer.model").read_bytes()
-    if s.init_from:
+    if saved or parent:
+        if tokenizer != (saved or parent)["tokenizer"]:
+            print(f"captions are tokenized as {s.out if saved else s.init_from} does, not by {s.data}'s own tokenizer")
         tokenizer = (saved or parent)["tokenizer"]
 
     # Model
+    distributed.beat("building the model")
     torch.manual_seed(s.seed)  # here, as making the data and the codec draws numbers too
     model = MusicLM(s, about, tokenizer)
     with torch.device("meta"):
@@ -205,12 +218,12 @@ def main():
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # Restore
-    step, skipped, best_ce = 0, 0, math.inf
+    distributed.beat("restoring")
+    step, skipped = 0, 0
     ce_total, since_log, grad_norm = np.zeros(codec.K), 0, 0.0  # of the steps since the last line of the log
     if saved or parent:
-        ours = {**dataclasses.asdict(s), "codec": codec.id, "tokenizer": zlib.crc32(tokenizer)}
-        changes = changed_settings(saved or parent, ours)
-        if contradictions := [changes[key] for key in [*SHAPE_SETTINGS, "codec", "tokenizer"] if key in changes]:
+        changes = changed_settings(saved or parent, {**dataclasses.asdict(s), "codec": codec.id})
+        if contradictions := [changes[key] for key in [*SHAPE_SETTINGS, "codec"] if key in changes]:
             raise UserError(f"{last if saved else s.init_from}: holds another model ({', '.join(contradictions)});"
                             f" {'choose another --out' if saved else 'give it the same settings'}")  # fmt: skip
     if parent:
@@ -223,7 +236,7 @@ def main():
         distributed.load_optimizer_state(optimizer, saved["optimizer"])
         if saved["scaler"]:  # empty unless it was a float16 run
             scaler.load_state_dict(saved["scaler"])
-        step, skipped, best_ce = saved["step"], saved["skipped"], saved["best_ce"]
+        step, skipped = saved["step"], saved["skipped"]
         ce_total, since_log, grad_norm = np.array(saved["ce_total"]), saved["since_log"], saved["grad_norm"]
     del saved, parent
 
@@ -232,26 +245,73 @@ def main():
                      optimizer=distributed.optimizer_state(optimizer), scaler=scaler.state_dict())  # fmt: skip
         if rank == 0:
             save_checkpoint(
-                last, "last", **state, step=step, skipped=skipped, best_ce=best_ce, ce_total=ce_total.tolist(),
-                since_log=since_log, grad_norm=grad_norm, settings=dataclasses.asdict(s), codec=about,
-                tokenizer=tokenizer,
+                last, "last", **state, step=step, skipped=skipped, ce_total=ce_total.tolist(), since_log=since_log,
+                grad_norm=grad_norm, settings=dataclasses.asdict(s), codec=about, tokenizer=tokenizer,
             )  # fmt: skip
-            try:
-                report.write(out)
-            except (OSError, UserError) as error:  # a page is not worth a run
-                tqdm.write(f"the listening page was not written: {error}", file=sys.stdout)
 
     def keep():
-        """A second name for each `keep_every`-th epoch's last.pt, which is replaced and never written into."""
-        if rank == 0 and step and s.keep_every and step % (s.epoch * s.keep_every) == 0:
-            kept = out / f"epoch_{step // s.epoch:04d}.pt"
-            kept.unlink(missing_ok=True)
+        """A second name for each `keep_every`-th epoch's last.pt, which is replaced and never written into.
+
+        Done again when the run goes on, as it may have been killed between the commit and this.
+        """
+        kept = out / f"step_{step:06d}.pt"
+        if rank == 0 and step and s.keep_every and step % (s.epoch * s.keep_every) == 0 and not kept.exists():
             try:
                 os.link(last, kept)
             except OSError:  # a file system without hard links
                 shutil.copyfile(last, kept)
 
-    # A signal asks for a commit at the next step; without torchrun, which repeats it, a second one ends the program.
+    def stopping():
+        """Whether any rank got a signal."""
+        return distributed.sum_over_ranks(torch.tensor([float(len(signals))], device=device)).item() > 0
+
+    def note(stage, **found):
+        line = dict(step=step, epoch=epoch, stage=stage, **found)
+        history.append(line)
+        append(out / "history.jsonl", line)
+        log(line)
+        tqdm.write(describe(line), file=sys.stdout)
+
+    def finish_epoch():
+        """What follows the commit that ends an epoch. A run that goes on begins with what a kill has left undone."""
+        nonlocal best_ce
+        done = {line["stage"] for line in history if line["step"] == step}
+
+        def due(stage, every):
+            return stage not in done and (step >= s.steps or (every > 0 and epoch % every == 0)) and not stopping()
+
+        if due("valid", 1):  # with the averaged weights
+            ce_q, null_q = validate(ema, valid_data, s, T, size, device, autocast)
+            ce, gain = float(np.mean(ce_q)), float(np.mean(null_q) - np.mean(ce_q))
+            if not ce < 100:
+                raise UserError(f"step {step}: the held-out loss is {ce:g}; it has diverged, a lower --lr may help")
+            if ce < best_ce:
+                best_ce, state = ce, distributed.model_state(ema)
+                if rank == 0:
+                    save_checkpoint(best, "best", model=state, settings=dataclasses.asdict(s), codec=about,
+                                    tokenizer=tokenizer, step=step, ce=ce, ce_q=ce_q, gain=gain)  # fmt: skip
+                distributed.wait()  # all go on with what rank 0 has written
+            note("valid", ce=ce, ppl=math.exp(ce), ce_q=ce_q, unigram_q=unigram, gain=gain)
+        if s.evaluate_clips and due("evaluate", s.evaluate_every):
+            note("evaluate", **metrics.evaluate(load_model(best, device)[0], codec, train_data, valid_data, s))
+        if s.samples and due("generate", s.generate_every):
+            note("generate", clips=write_samples(out, step, load_model(best, device)[0], codec, valid_data, s))
+
+    def write_page():
+        if rank == 0:
+            try:
+                report.write(out)
+            except (OSError, UserError) as error:  # a page is not worth a run
+                tqdm.write(f"the listening page was not written: {error}", file=sys.stdout)
+
+    def leave_if_asked():
+        if stopping():
+            bar.close()
+            print(f"stopped and committed at step {step}; to go on: {distributed.launcher()} {shlex.join(sys.argv)}")
+            distributed.leave()
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
+    # A signal asks for a commit at the next step; in one process a second one ends the program, torchrun repeats them.
     signals = []
 
     def on_signal(number, frame):
@@ -265,14 +325,16 @@ def main():
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         data.write_json(out / "config.json", dataclasses.asdict(s))
-        record_code(out)
+        record_code(out, step)
+    distributed.refuse_unshared(out)
     log = report.open_logger(s, out) if rank == 0 else lambda line: None
-    past = [line for name in ("metrics.jsonl", "history.jsonl") for line in lines_until(out / name, step)]
-    keep()  # the run may have been killed after its last commit and before this
-    for line in sorted(past, key=lambda line: line["step"]):
+    past, history = lines_until(out / "metrics.jsonl", step), lines_until(out / "history.jsonl", step)
+    for line in sorted(past + history, key=lambda line: line["step"]):
         log(line)
         if "stage" in line:
             print(describe(line))
+    history = distributed.gather(history)[0]
+    best_ce = min([line["ce"] for line in history if line["stage"] == "valid" and best.exists()], default=math.inf)
     if step:
         print(f"going on from {last} at step {step}" + "".join(f"; {change}" for change in changes.values()))
     parameters = sum(p.numel() for p in model.parameters())
@@ -281,17 +343,13 @@ def main():
     print(f"{s.data}: {len(train_data.tracks)} tracks, {minutes:.0f} minutes, {len(valid_data.tracks)} tracks held out")
     bar = tqdm(total=s.steps, initial=step, desc="training", file=sys.stdout, mininterval=1, smoothing=0.05)
     flops, peak = model.flops() * s.batch_size, (peak_flops(device, dtype) or math.inf) * ranks
-    clock, waited, steps_done = time.time(), 0.0, 0
-    distributed.watch(s.watchdog)
-
-    def note(stage, **found):
-        line = dict(step=step, epoch=epoch, stage=stage, **found)
-        append(out / "history.jsonl", line)
-        log(line)
-        tqdm.write(describe(line), file=sys.stdout)
-
-    def due(every):
-        return step == s.steps or (every > 0 and epoch % every == 0)
+    epoch = math.ceil(step / s.epoch)
+    keep()
+    if step and (step % s.epoch == 0 or step >= s.steps):
+        finish_epoch()
+        write_page()
+        leave_if_asked()
+    clock, waited, steps_done, frames_done = time.time(), 0.0, 0, 0
 
     while step < s.steps:
         # Train
@@ -317,8 +375,8 @@ def main():
             ce_q += (ce_sum / count).detach()
 
         distributed.beat("optimizer")
-        stopping = torch.tensor([float(len(signals))], device=device)
-        *ce_q, stopping = distributed.sum_over_ranks(torch.cat([ce_q, stopping])).tolist()
+        asked = torch.tensor([float(len(signals))], device=device)
+        *ce_q, asked = distributed.sum_over_ranks(torch.cat([ce_q, asked])).tolist()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)
         norm = distributed.whole(norm).item()
@@ -340,7 +398,7 @@ def main():
                     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
         else:
             skipped += 1
-        steps_done += 1
+        steps_done, frames_done = steps_done + 1, frames_done + int(batch.lengths.sum())
         bar.update()
 
         epoch = math.ceil(step / s.epoch)
@@ -348,7 +406,7 @@ def main():
             ce, seconds = ce_total.mean() / since_log, time.time() - clock
             line = dict(step=step, epoch=epoch, ce=ce, ppl=math.exp(min(ce, 700)), ce_q=(ce_total / since_log).tolist(),
                         lr=learning_rate(step - 1, s), grad_norm=grad_norm,
-                        tokens_per_s=round(steps_done * s.batch_size * T * codec.K / seconds),
+                        tokens_per_s=round(frames_done * codec.K / seconds),
                         data_wait=round(waited / seconds, 4))  # fmt: skip
             text = (f"epoch {epoch}, ce {ce:.3f}, lr {line['lr']:.1e}, grad {grad_norm:.2f},"
                     f" {line['tokens_per_s']:,} tokens/s, {100 * line['data_wait']:.0f}% waiting")  # fmt: skip
@@ -361,42 +419,18 @@ def main():
             append(out / "metrics.jsonl", line)
             log(line)
             bar.set_postfix_str(text)
-            ce_total, since_log, clock, waited, steps_done = np.zeros(codec.K), 0, time.time(), 0.0, 0
+            ce_total, since_log = np.zeros(codec.K), 0
+            clock, waited, steps_done, frames_done = time.time(), 0.0, 0, 0
 
-        if step % s.epoch == 0 or step == s.steps:
-            # Valid, with the averaged weights
-            ce_q, null_q = validate(ema, valid_data, s, T, size, device, autocast)
-            ce, gain = float(np.mean(ce_q)), float(np.mean(null_q) - np.mean(ce_q))
-            if not ce < 100:
-                raise UserError(f"step {step}: the held-out loss is {ce:g}; it has diverged, a lower --lr may help")
-            note("valid", ce=ce, ppl=math.exp(ce), ce_q=ce_q, unigram_q=unigram, gain=gain)
-            # Best
-            if ce < best_ce:
-                best_ce, state = ce, distributed.model_state(ema)
-                if rank == 0:
-                    save_checkpoint(best, "best", model=state, settings=dataclasses.asdict(s), codec=about,
-                                    tokenizer=tokenizer, step=step, ce=ce, ce_q=ce_q, gain=gain)  # fmt: skip
-                del state
-            # Evaluate and generate, with the best weights
-            evaluating, sampling = s.evaluate_clips and due(s.evaluate_every), s.samples and due(s.generate_every)
-            if evaluating or sampling:
-                distributed.wait()  # until rank 0 has written them
-                best_model = load_model(best, device)[0]
-                if evaluating:
-                    note("evaluate", **metrics.evaluate(best_model, codec, train_data, valid_data, s))
-                if sampling:
-                    note("generate", clips=write_samples(out, step, best_model, codec, valid_data, s))
-                del best_model
+        ending = step % s.epoch == 0 or step == s.steps
+        if ending or asked:
             commit()
             keep()
-            clock, waited, steps_done = time.time(), 0.0, 0
-        elif stopping:
-            commit()
-        if stopping:
-            bar.close()
-            print(f"stopped and committed at step {step}; to go on: {distributed.launcher()} {shlex.join(sys.argv)}")
-            distributed.leave()
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+            if ending:
+                finish_epoch()
+            write_page()
+            leave_if_asked()
+            clock, waited, steps_done, frames_done = time.time(), 0.0, 0, 0
     bar.close()
     for number, handler in usual.items():
         signal.signal(number, handler)

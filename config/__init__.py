@@ -72,7 +72,7 @@ class Settings:
     ema_every: int = 1  # steps between updates of that average
     # The cycle
     epoch: int = 500  # steps in an epoch; after each: validate, keep the best, commit
-    keep_every: int = 0  # epochs between commits that are kept for good, as epoch_NNNN.pt; 0: none
+    keep_every: int = 0  # epochs between commits that are kept for good, as step_NNNNNN.pt; 0: none
     valid_items: int = 256  # held-out segments validated after each epoch; 0: all
     generate_every: int = 1  # epochs between sample rounds; 0: only at the end
     samples: int = 4  # clips in a sample round, for held-out captions
@@ -221,6 +221,14 @@ def table():
     return "\n".join(rows)
 
 
+def refuse_unwritable(path, setting):
+    """Raises UserError if no files could be written into the folder `path`, which need not be there yet."""
+    there = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "may not be written to" if there.is_dir() else "is a file"
+        raise UserError(f"{setting} {path}: cannot be written to, {there} {why}; choose another folder")
+
+
 def run(main, first_to_say=lambda message: True, exit=sys.exit):
     """Calls a program's main; bad input ends it with one line and status 2, ctrl-C with status 130.
 
@@ -234,6 +242,10 @@ def run(main, first_to_say=lambda message: True, exit=sys.exit):
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         exit(2)
     except BrokenPipeError:
-        sys.exit(1)
+        exit(1)
+    except OSError as error:  # a full disk, a folder that may not be written ...
+        print(f"{program}: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        exit(2)
     except KeyboardInterrupt:
-        sys.exit(print(f"\n{program}: interrupted", file=sys.stderr) or 130)
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        exit(130)

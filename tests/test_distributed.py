@@ -149,8 +149,8 @@ def test_killed_at_random_moments_it_loses_nothing_but_time(dataset, tmp_path):
     assert same_run(tmp_path / "whole", out)
     for name in ("metrics.jsonl", "history.jsonl"):
         assert untimed(tmp_path / "whole" / name) == untimed(out / name)
-    kept = [f"epoch_{epoch:04d}.pt" for epoch in range(5, steps // 2 + 1, 5)]
-    assert sorted(path.name for path in out.glob("*.pt")) == ["best.pt", *kept, "last.pt"]
+    kept = [f"step_{step:06d}.pt" for step in range(10, steps + 1, 10)]
+    assert sorted(path.name for path in out.glob("*.pt")) == ["best.pt", "last.pt", *kept]
 
 
 def start_pair(*args, second=()):

@@ -61,7 +61,9 @@ def run(tmp_path):
     for path in ("held_out/{}", "held_out/{}_codec", "step_000003/{}", "step_000006/{}", "step_000006/{}_continued"):
         wav(out / "samples" / f"{path.format(NAME)}.wav")
     (out / "config.json").write_text(json.dumps({"steps": 12, "epoch": 3, "data": "<u>" + EVIL}, indent=1) + "\n")
-    (out / "code.diff").write_text("0123456789abcdef\ndiff --git a/x b/x\n-if a < b:\n+<script>alert(2)</script>\n")
+    (out / "code_000000.diff").write_text(
+        "0123456789abcdef\ndiff --git a/x b/x\n-if a < b:\n+<script>alert(2)</script>\n"
+    )
     lines = [dict(step=step, epoch=1, ce=6 - step / 10, ppl=2.0, ce_q=[5.0, 5.5, 6.0 - step], lr=1e-3 / step,
                   grad_norm=float(step), tokens_per_s=1234, data_wait=0.1) for step in range(1, 7)]  # fmt: skip
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 77, "ce": 0.0')
@@ -148,7 +150,7 @@ def test_a_line_cut_by_a_kill_is_ignored_and_a_damaged_one_is_not(run):
 
 
 def test_older_and_emptier_folders(run):
-    (run / "code.diff").unlink()
+    (run / "code_000000.diff").unlink()
     (run / "metrics.jsonl").write_text('{"step": 10, "ce": 6.2, "lr": 0.0001, "grad_norm": 0.7}\n')
     valid = dict(step=10, epoch=1, stage="valid", ce=5.4321, ppl=2.0, ce_q=[5.0], unigram_q=[5.5], gain=0.01)
     evaluate = dict(step=10, epoch=1, stage="evaluate", adherence={})

@@ -154,7 +154,7 @@ def test_the_average_of_the_weights_is_unbiased(dataset, tmp_path, command):
     """With every step's weights kept, the average is theirs, each weighing 0.7 of the next; the start has no part."""
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--epoch=1", "--keep_every=1", "--samples=0"]
     assert command(train, *args, "--ema_decay=0.7", "--lr=0.01")[0] == 0
-    kept = [torch.load(tmp_path / f"epoch_{epoch:04d}.pt", weights_only=True) for epoch in range(1, 7)]
+    kept = [torch.load(tmp_path / f"step_{step:06d}.pt", weights_only=True) for step in range(1, 7)]
     weights = torch.tensor([0.7**age for age in reversed(range(6))])
     for name, average in kept[-1]["ema"].items():
         mean = sum(w * saved["model"][name] for w, saved in zip(weights / weights.sum(), kept))
@@ -171,8 +171,8 @@ def test_the_cycle(dataset, tmp_path, command):
         (1, "valid"), (2, "valid"), (2, "evaluate"), (3, "valid"), (3, "generate"), (4, "valid"), (4, "evaluate"),
         (5, "valid"), (5, "evaluate"), (5, "generate"),
     ]  # fmt: skip
-    assert sorted(path.name for path in tmp_path.glob("epoch_*.pt")) == ["epoch_0002.pt", "epoch_0004.pt"]
-    assert torch.load(tmp_path / "epoch_0002.pt", weights_only=True)["step"] == 4
+    assert sorted(path.name for path in tmp_path.glob("step_*.pt")) == ["step_000004.pt", "step_000008.pt"]
+    assert torch.load(tmp_path / "step_000004.pt", weights_only=True)["step"] == 4
     for line in history[4], history[9]:
         (clip,) = line["clips"]
         assert {*clip} >= {"caption", "free", "continued", "codec", "reference"}
