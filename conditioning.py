@@ -1,19 +1,34 @@
-"""What the music is conditioned on, and when it is dropped.
+"""What the music is conditioned on, when it is dropped, and how it is fused.
+
+    attribute   what a sample gives                               fused by
+    text        a caption                                         cross-attention
+    melody      pitch classes, 8 a second                         prepended to the sequence
+    style       codes of an excerpt, and how many books to keep   prepended to the sequence
 
 A sample's conditions are a dict, {"text": "slow piano"}; a missing one, or None, is null. Dropping a condition in
 training and leaving it out at inference are therefore the same thing, and the null is one learned vector per
 attribute. It starts at zero: attention to it gives zero, as in MusicGen's unconditional path.
 
-To add an attribute: an embedder with `prepare` and `forward` like TextEmbedder's, a line in Conditioner, its draw in
-`draw_conditions`, and its value wherever a caller gives {"text": ...}.
+To add an attribute: an embedder with `prepare` and `forward` like TextEmbedder's or MelodyEmbedder's, a line in
+Conditioner, its draw in `draw_conditions`, and its value wherever a caller gives {"text": ...}.
 
-Letters: B batch, L condition length in tokens, D model width, T' chroma frames.
+Letters: B batch, L condition length in tokens, D model width, T' chroma frames, M of them in a segment, P rows
+prepended.
 """
 
+import math
+
+import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from config import UserError
+
+CHROMA_RATE = 8  # chroma frames a second
+SILENCE = 12  # in the place of a pitch class
+INFERENCE_BOOKS = 3  # style books by default, once trained (arXiv:2407.12563)
 
 
 def merge_text(caption, metadata, rng):
@@ -22,21 +37,45 @@ def merge_text(caption, metadata, rng):
     return ". ".join([caption, *rng.permutation(parts)] if caption else rng.permutation(parts))
 
 
-def draw_conditions(caption, metadata, rng, settings):
-    """The conditions of one sample in training, with its own dropout draws from `rng` (numpy Generator).
+def excerpt(frames, seconds, place, books, frame_rate):
+    """The style excerpt of an item of so many frames -> (first frame, end, books); at most half of the item.
 
-    With probability `merge_text_p` the metadata joins the caption; each word is dropped with `word_dropout`; the text
-    is dropped with `text_dropout`; and everything together with `cfg_dropout` (classifier-free guidance,
-    arXiv:2207.12598).
+    place in [0, 1) is where between the item's beginning and the last frame at which it can begin.
+    """
+    length = max(1, min(round(seconds * frame_rate), frames // 2))
+    first = int(place * (frames - length + 1))
+    return first, first + length, books
+
+
+def draw_conditions(caption, metadata, frames, frame_rate, rng, s):
+    """Which conditions one training item of so many frames is given, by its own draws from `rng` (numpy Generator).
+
+    With probability `merge_text_p` the metadata joins the caption; each word is dropped with `word_dropout`; text,
+    melody and style are dropped each by its own probability; and all together with `cfg_dropout` (classifier-free
+    guidance, arXiv:2207.12598). -> {"text": str or None, "melody": bool, "style": None or an `excerpt`, whose length,
+    place and number of books are uniform}.
     """
     merge, drop_all, drop_text = rng.random(3)
-    if merge < settings.merge_text_p:
+    if merge < s.merge_text_p:
         caption = merge_text(caption, metadata, rng)
-    if settings.word_dropout:
+    if s.word_dropout:
         words = caption.split()
-        caption = " ".join(word for word, draw in zip(words, rng.random(len(words))) if draw >= settings.word_dropout)
-    dropped = drop_all < settings.cfg_dropout or drop_text < settings.text_dropout
-    return {"text": None if dropped else caption}
+        caption = " ".join(word for word, draw in zip(words, rng.random(len(words))) if draw >= s.word_dropout)
+    drop_melody, drop_style, place, longer = rng.random(4)
+    seconds = np.interp(longer, (0, 1), s.style_seconds)
+    style = excerpt(frames, seconds, place, int(rng.integers(s.style_books)) + 1, frame_rate)
+    kept = drop_all >= s.cfg_dropout
+    return {
+        "text": caption if kept and drop_text >= s.text_dropout else None,
+        "melody": s.melody and kept and drop_melody >= s.melody_dropout,
+        "style": style if s.style and kept and drop_style >= s.style_dropout else None,
+    }
+
+
+def all_conditions(caption, frames, frame_rate, s):
+    """As `draw_conditions`, but nothing is dropped, and the excerpt is the middle one of mean length."""
+    style = excerpt(frames, np.mean(s.style_seconds), 0.5, min(INFERENCE_BOOKS, s.style_books), frame_rate)
+    return {"text": caption, "melody": s.melody, "style": style if s.style else None}
 
 
 def chromagram(wav, sample_rate):
@@ -47,7 +86,7 @@ def chromagram(wav, sample_rate):
     its bins make a semitone at C2. The bins from C2 to B7 count for the pitch nearest to them, A4 at 440 Hz. A frame
     that is below -60 dB of full scale there is silence: all zeros.
     """
-    hop, n_fft = sample_rate // 8, 2 * round(0.256 * sample_rate)
+    hop, n_fft = sample_rate // CHROMA_RATE, 2 * round(0.256 * sample_rate)
     side = (n_fft - hop + 1) // 2
     wav = F.pad(wav, (side, side + -wav.shape[1] % hop))
     window = torch.hann_window(n_fft, device=wav.device)
@@ -59,6 +98,20 @@ def chromagram(wav, sample_rate):
     total = energy.sum(1, keepdim=True)
     mean_square = 2 * total / (n_fft * window.square().sum())  # Parseval's theorem
     return torch.where(mean_square > 1e-6, energy / total, 0.0)
+
+
+def melody_of(wav, sample_rate):
+    """wav [samples] -> the strongest pitch class of each chroma frame, uint8 [T'], or SILENCE.
+
+    In pieces of a minute, to bound the memory; chroma frames two hops away no longer hear one another.
+    """
+    hop, notes = sample_rate // CHROMA_RATE, []
+    for first in range(0, -(-len(wav) // hop), 60 * CHROMA_RATE):
+        before = min(2, first)
+        piece = wav[(first - before) * hop : (first + 60 * CHROMA_RATE + 2) * hop]
+        chroma = chromagram(piece[None], sample_rate)[0, :, before:][:, : 60 * CHROMA_RATE]
+        notes.append(torch.where(chroma.sum(0) > 0, chroma.argmax(0), SILENCE))
+    return torch.cat(notes).to(torch.uint8)
 
 
 class TextEmbedder(nn.Module):
@@ -106,18 +159,209 @@ class TextEmbedder(nn.Module):
         return torch.where(is_null[..., None], self.null.to(states.dtype), states), mask
 
 
-class Conditioner(nn.Module):
-    """Every embedder, and how each is fused: text by cross-attention."""
+class MelodyEmbedder(nn.Module):
+    """Pitch classes -> [B, M, D], to be prepended. A linear map of one-hot chroma is an embedding."""
 
-    def __init__(self, settings, tokenizer):
+    def __init__(self, D, rows, frame_rate):
         super().__init__()
-        self.text = TextEmbedder(settings.dim, tokenizer, settings.text_dim, settings.text_heads,
-                                 settings.text_layers, settings.text_max_tokens)  # fmt: skip
+        self.rows, self.stride = rows, frame_rate / CHROMA_RATE
+        self.embed = nn.Embedding(SILENCE + 1, D)
+        nn.init.normal_(self.embed.weight, std=0.5**0.5)  # as large as the positions
+        self.null = nn.Parameter(torch.zeros(D))
+
+    def prepare(self, melodies, device):
+        """B rows of pitch classes, C = 0, 12 being silence, or None -> int64 [B, M], -1 where null.
+
+        Rows are cut to M, and go on with silence.
+        """
+        notes = torch.full((len(melodies), self.rows), -1)
+        for row, melody in enumerate(melodies):
+            if melody is not None:
+                notes[row] = SILENCE
+                notes[row, : len(melody)] = torch.as_tensor(melody)[: self.rows]
+        return (notes.to(device, non_blocking=True),)
+
+    def forward(self, notes):
+        """notes [B, M] -> [B, M, D]."""
+        return torch.where(notes[..., None] < 0, self.null, self.embed(notes.clamp(min=0)))
+
+
+class ResidualVQ(nn.Module):
+    """Batch norm without affine, then residual vector quantisation (SoundStream's, arXiv:2107.03312, section III-C).
+
+    Neither has parameters: both go by sums over all vectors so far, faded by `decay` at each step. A code is the mean
+    of the vectors that chose it (arXiv:1711.00937, appendix A.1). `forward` uses the sums as they are, and in training
+    collects new ones, which `update` takes in once per optimizer step. So a sample does not depend on its neighbours,
+    nor a run on its micro-batches and ranks.
+    """
+
+    decay = 0.99
+    dead = 0.1  # of a fair share of the vectors; a code below is replaced, 230 steps after the last one chose it
+    spares = 8  # vectors of each sample, evenly spaced in time, that may replace dead codes
+
+    def __init__(self, dim, books, bins):
+        super().__init__()
+        self.register_buffer("moments", torch.tensor([1e-3, 0, 1e-3])[:, None].repeat(1, dim))  # sums of 1, x, x^2
+        self.register_buffer("counts", torch.zeros(books, bins))  # of the vectors that chose a code
+        self.register_buffer("sums", torch.zeros(books, bins, dim))
+        self.collected, self.candidates = [], []
+
+    def forward(self, x, mask, books):
+        """x [B, N, dim], mask bool [B, N], books int64 [B] -> float32 [B, N, dim]: x, normalised and quantised.
+
+        A sample gets the first `books` of all books. The gradient passes straight through (arXiv:1308.3432), from the
+        quantised to the normalised vector.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            mean, square = self.moments[1:] / self.moments[0]
+            normal = (x - mean) / (square - mean.square()).clamp(min=1e-5).sqrt()
+            residual, quantised, residuals, choices = normal.detach(), 0, [], []
+            for book, codes in enumerate(self.sums / self.counts.clamp(min=1e-9)[..., None]):
+                choice = (codes.square().sum(1) - 2 * residual @ codes.T).argmin(-1)  # the nearest code
+                residuals.append(residual)
+                choices.append(choice)
+                quantised = quantised + codes[choice] * (book < books)[:, None, None]
+                residual = residual - codes[choice]
+            if self.training:
+                self.collect(x.detach(), mask, residuals, choices)
+            return normal + (quantised - normal).detach()
+
+    def collect(self, x, mask, residuals, choices):
+        """Adds to what `update` takes in. Every book learns from every sample, however few books that one was given."""
+        weight = mask.flatten()[:, None].float()
+        x, bins = x.flatten(0, 1), torch.arange(self.counts.shape[1], device=x.device)
+        chosen = [((choice.flatten()[:, None] == bins) * weight).T for choice in choices]
+        new = (torch.stack([weight.expand_as(x), x * weight, x.square() * weight]).sum(1),
+               torch.stack([own.sum(1) for own in chosen]),
+               torch.stack([own @ residual.flatten(0, 1) for own, residual in zip(chosen, residuals)]))  # fmt: skip
+        self.collected = [sum(pair) for pair in zip(self.collected, new)] or new
+        rows = torch.arange(len(mask), device=mask.device)[:, None]
+        frames = torch.arange(self.spares, device=mask.device) * mask.sum(1, keepdim=True) // self.spares
+        self.candidates.append((torch.stack([residual[rows, frames] for residual in residuals], 2), mask.any(1)))
+
+    @torch.no_grad()
+    def update(self, sum_over_ranks, gather):
+        """Every rank must call it. sum_over_ranks(tensor) -> tensor; gather(value) -> every rank's value, in a list."""
+        state = (self.moments, self.counts, self.sums)
+        new = [sum_over_ranks(part) for part in self.collected or map(torch.zeros_like, state)]
+        none = self.sums.new_zeros(0, *self.sums.shape[::2])
+        spare = torch.cat([none, *(vectors[there].flatten(0, 1) for vectors, there in self.candidates)])
+        self.collected, self.candidates = [], []
+        if new[0][0, 0] == 0:  # a step without style
+            return
+        for old, more in zip(state, new):
+            old.mul_(self.decay).add_(more)
+        share = self.moments[0, 0] / self.counts.shape[1]
+        dead = self.counts < self.dead * share
+        if most := int(dead.sum(1).max()):
+            spare = torch.cat(gather(spare[:most].cpu())).to(share.device)  # in the order of the batch
+            for book, codes in enumerate(dead):
+                codes = codes.nonzero()[: len(spare), 0]
+                self.counts[book, codes] = share
+                self.sums[book, codes] = share * spare[: len(codes), book]
+
+
+class StyleEmbedder(nn.Module):
+    """An excerpt's codes -> latents -> a small transformer -> ResidualVQ -> prefix [B, P, D], about 5 rows a second.
+
+    MusicGen-Style's conditioner (arXiv:2407.12563, section 3), its features being the codec's own latents.
+
+    codec: a dict with K, card, frame_rate (Hz) and dim (of the latents); its codes' vectors come by `set_codec`, and
+    are part of every checkpoint from then on. max_seconds: of an excerpt; the rest of a longer one is cut off.
+    """
+
+    def __init__(self, D, codec, dim, heads, layers, books, bins, max_seconds, every_hz=5):
+        super().__init__()
+        self.frames, self.stride = round(max_seconds * codec["frame_rate"]), round(codec["frame_rate"] / every_hz)
+        self.rows, self.books = math.ceil(self.frames / self.stride), books
+        self.register_buffer("tables", torch.zeros(codec["K"], codec["card"], codec["dim"]))
+        self.inp = nn.Linear(codec["dim"], dim)
+        self.positions = nn.Parameter(torch.zeros(self.frames, dim))  # at first the quantiser is to hear, not to count
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.vq = ResidualVQ(dim, books, bins)
+        self.out = nn.Linear(dim, D)
+        self.null = nn.Parameter(torch.zeros(D))
+
+    def set_codec(self, codec):
+        """codec: a codec.Codec, whose latents are the sum of one vector of each codebook."""
+        layers = codec.model.quantizer.vq.layers[: len(self.tables)]
+        self.tables.copy_(torch.stack([layer.codebook for layer in layers]))
+
+    def prepare(self, styles, device):
+        """B entries, None or (codes int [K, n], number of books or None for all) -> what `forward` takes.
+
+        That is codes int64 [B, K, N], N being the longest n; mask bool [B, N], True where a frame counts; and books
+        int64 [B]. None has no frame that counts, which makes it null.
+        """
+        excerpts = [torch.as_tensor(style[0])[:, : self.frames] if style else None for style in styles]
+        N = max([1, *(excerpt.shape[1] for excerpt in excerpts if excerpt is not None)])
+        codes = torch.zeros(len(styles), len(self.tables), N, dtype=torch.int64)
+        mask = torch.zeros(len(styles), N, dtype=torch.bool)
+        books = torch.full((len(styles),), self.books)
+        for row, excerpt in enumerate(excerpts):
+            if excerpt is not None:
+                codes[row, :, : excerpt.shape[1]] = excerpt
+                mask[row, : excerpt.shape[1]] = True
+                books[row] = styles[row][1] or self.books
+        return tuple(tensor.to(device, non_blocking=True) for tensor in (codes, mask, books))
+
+    def forward(self, codes, mask, books):
+        """codes [B, K, N], mask [B, N], books [B] -> [B, P, D]: the style at each `stride`-th frame, else `null`."""
+        N = codes.shape[2]
+        x = sum(F.embedding(codes[:, k], table) for k, table in enumerate(self.tables))
+        x = self.inp(x) + self.positions[:N]
+        ignored = ~mask
+        ignored[:, 0] = False  # attending to nothing is NaN on some of torch's ways
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=ignored)
+        rows = self.out(self.vq(x, mask, books)[:, :: self.stride])
+        rest = self.rows - rows.shape[1]
+        there = F.pad(mask[:, :: self.stride], (0, rest))[..., None]
+        return torch.where(there, F.pad(rows, (0, 0, 0, rest)), self.null.to(rows.dtype))
+
+    def update(self, sum_over_ranks, gather):
+        """Lets the quantiser learn from this step's styles; see ResidualVQ.update."""
+        self.vq.update(sum_over_ranks, gather)
+
+
+class Conditioner(nn.Module):
+    """Every embedder that the model has, and how each is fused: text by cross-attention, the others prepended."""
+
+    def __init__(self, s, codec, tokenizer):
+        super().__init__()
+        self.text = TextEmbedder(s.dim, tokenizer, s.text_dim, s.text_heads, s.text_layers, s.text_max_tokens)
+        self.prepended = nn.ModuleDict()
+        if s.melody:
+            self.prepended["melody"] = MelodyEmbedder(s.dim, round(s.segment * CHROMA_RATE), codec["frame_rate"])
+        if s.style:
+            self.prepended["style"] = StyleEmbedder(s.dim, codec, s.style_dim, s.style_heads, s.style_layers,
+                                                    s.style_books, s.style_bins, s.style_seconds[1])  # fmt: skip
+        self.rows = sum(embedder.rows for embedder in self.prepended.values())  # P
 
     def prepare(self, conditions, device):
-        """A list of B dicts of conditions -> {attribute: tensors}, ready for `forward`."""
-        return {"text": self.text.prepare([sample.get("text") for sample in conditions], device)}
+        """A list of B dicts of conditions -> {attribute: tensors}, ready for `forward`.
+
+        Raises UserError for a condition that the model was not trained with.
+        """
+        embedders = {"text": self.text, **self.prepended}
+        for name in {name for sample in conditions for name in sample} - embedders.keys():
+            raise UserError(f"the model was not trained with '{name}'; it takes {', '.join(embedders)}")
+        return {name: embedder.prepare([sample.get(name) for sample in conditions], device)
+                for name, embedder in embedders.items()}  # fmt: skip
+
+    def positions(self, device):
+        """Where the prepended rows stand, float [P], in steps of the sequence. They share its positions, not shift it:
+        a row of the melody is found where its own frame is (NOTES.md), and null rows leave the sequence as it was.
+        """
+        places = [torch.arange(embedder.rows, device=device) * embedder.stride for embedder in self.prepended.values()]
+        return torch.cat([torch.zeros(0, device=device), *places])
 
     def forward(self, inputs):
-        """-> cross-attention states [B, L, D] and their mask bool [B, L]."""
-        return self.text(*inputs["text"])
+        """-> cross-attention states [B, L, D], their mask bool [B, L], and the rows to prepend [B, P, D]."""
+        prefix = [embedder(*inputs[name]) for name, embedder in self.prepended.items()]
+        states, mask = self.text(*inputs["text"])
+        return states, mask, torch.cat(prefix, dim=1) if prefix else states[:, :0]

@@ -5,6 +5,7 @@
 
 data/NAME/  meta.json        codec, counts, and what it was prepared from
             train_000.npy    uint16 [frames, K], read by memory map; a further shard every SHARD_FRAMES
+            train_000_melody.npy  uint8 [frames], the strongest pitch class at each frame, 12 being silence
             train_000.jsonl  per track: path, first frame in the shard, frames, caption, metadata
             valid_000.*      held out by a hash of the path: adding tracks moves none to the other side
             counts.npy       int64 [2, K, card], how often each code occurs in train and in valid
@@ -35,7 +36,7 @@ from tqdm import tqdm
 import config
 import distributed
 from codec import SUFFIXES, encode_long, load_audio, load_codec
-from conditioning import draw_conditions
+from conditioning import CHROMA_RATE, SILENCE, all_conditions, draw_conditions, melody_of
 from config import UserError
 
 SHARD_FRAMES = 100_000_000
@@ -66,7 +67,7 @@ def tracks_of_manifest(manifest):
         path = manifest.parent / entry.pop("path")
         if not path.is_file():
             raise UserError(f"{where}: {path}: no such file")
-        yield path, entry
+        yield path, entry, where
 
 
 def tracks_of_folder(folder):
@@ -82,24 +83,29 @@ def tracks_of_folder(folder):
                     raise UserError(f'{sidecar}: must hold an object, {{"caption": "...", "genre": "jazz"}}')
             if text.is_file():
                 entry["caption"] = text.read_text(encoding="utf-8", errors="replace")
-            yield path, entry
+            yield path, entry, sidecar
 
 
 def find_tracks(music, captions_needed):
-    """-> a list of {"path", "name", "caption", "metadata"}; the name is the path relative to the music.
+    """-> a list of {"path", "melody_from", "name", "caption", "metadata"}; the name is the path relative to the music.
 
-    The metadata are the entry's other keys, those of an inner "attributes" among them.
+    melody_from is the file whose melody is the track's: a stem that the entry names, relative to the manifest or the
+    track's folder, or the track itself. The metadata are the other keys, those of an inner "attributes" among them.
     """
     music = Path(music)
     if not music.exists():
         raise UserError(f"{music}: no such folder or manifest")
     root = music if music.is_dir() else music.parent
     tracks = []
-    for path, entry in tracks_of_folder(music) if music.is_dir() else tracks_of_manifest(music):
+    for path, entry, where in tracks_of_folder(music) if music.is_dir() else tracks_of_manifest(music):
         caption = " ".join(str(entry.pop("caption", "") or "").split())
         attributes = entry.pop("attributes", {})
+        stem = (path.parent if music.is_dir() else root) / str(entry.pop("melody_from", None) or path.absolute())
+        if not stem.is_file():
+            raise UserError(f"{where}: melody_from {stem}: no such file")
         name = os.path.relpath(path, root)
-        tracks.append(dict(path=str(path), name=name, caption=caption, metadata={**entry, **attributes}))
+        tracks.append(dict(path=str(path), melody_from=str(stem), name=name, caption=caption,
+                           metadata={**entry, **attributes}))  # fmt: skip
     if not tracks:
         raise UserError(f"{music}: holds no audio ({', '.join(sorted(SUFFIXES))})")
     name, times = Counter(track["name"] for track in tracks).most_common(1)[0]
@@ -128,17 +134,21 @@ def start_worker(codec_name, weights):
 
 
 def encode_track(job):
-    """-> (codes uint16 [T, K], None), or (None, the reason why the track is left out)."""
-    path, min_seconds = job
+    """-> (codes uint16 [T, K], melody uint8 [T], None), or (None, None, the reason why the track is left out)."""
+    path, melody_from, min_seconds = job
     try:
         wav = load_audio(path, codec.sample_rate, codec.channels)
         if wav.shape[1] < min_seconds * codec.sample_rate:
-            return None, f"{wav.shape[1] / codec.sample_rate:.2f} s long, shorter than {min_seconds} s"
+            return None, None, f"{wav.shape[1] / codec.sample_rate:.2f} s long, shorter than {min_seconds} s"
         if wav.abs().max() < 1e-3:
-            return None, "silent: no sample above -60 dBFS"
-        return encode_long(codec, wav).T.cpu().numpy().astype(np.uint16), None
+            return None, None, "silent: no sample above -60 dBFS"
+        stem = wav if melody_from == path else load_audio(melody_from, codec.sample_rate, codec.channels)
+        codes = encode_long(codec, wav).T.cpu().numpy().astype(np.uint16)
+        notes = melody_of(stem.mean(0), codec.sample_rate).numpy()
+        at = ((np.arange(len(codes)) + 0.5) * CHROMA_RATE / codec.frame_rate).astype(int)
+        return codes, np.append(notes, SILENCE).astype(np.uint8)[at.clip(max=len(notes))], None
     except UserError as error:
-        return None, str(error)
+        return None, None, str(error)
 
 
 def write_json(path, value):
@@ -167,52 +177,58 @@ def train_tokenizer(tracks, vocab_size):
     return model.getvalue()
 
 
-def write_split(folder, split, tracks, tokens):
-    """One side's shards; `tokens` is uint16 [frames, K], where a track begins at its `first`."""
+def write_split(folder, split, tracks, tokens, melody):
+    """One side's shards; `tokens` is uint16 [frames, K], `melody` uint8 [frames]; a track begins at its `first`."""
     shard, pending = 0, list(tracks)
     while pending:
         chosen, frames = [], 0
         while pending and (not chosen or frames + pending[0]["frames"] <= SHARD_FRAMES):
             chosen.append(pending.pop(0))
             frames += chosen[-1]["frames"]
-        shape = (frames, tokens.shape[1])
-        array = np.lib.format.open_memmap(folder / f"{split}_{shard:03d}.npy", "w+", np.uint16, shape)
+        for source, suffix in ((tokens, ""), (melody, "_melody")):
+            path, shape = folder / f"{split}_{shard:03d}{suffix}.npy", (frames, *source.shape[1:])
+            array, first = np.lib.format.open_memmap(path, "w+", source.dtype, shape), 0
+            for track in chosen:
+                array[first : first + track["frames"]] = source[track["first"] : track["first"] + track["frames"]]
+                first += track["frames"]
+            array.flush()
         with open(folder / f"{split}_{shard:03d}.jsonl", "w", encoding="utf-8") as lines:
             first = 0
             for track in chosen:
-                array[first : first + track["frames"]] = tokens[track["first"] : track["first"] + track["frames"]]
                 lines.write(json.dumps({**track, "first": first}) + "\n")
                 first += track["frames"]
-        array.flush()
         shard += 1
 
 
 def encode_all(work, tracks, codec, codec_name, codec_weights, min_seconds, workers):
     """Encodes the tracks that `work` does not hold yet, in order -> [{"frames", "skipped"}] for each.
 
-    journal.jsonl has a line per finished track; tokens.bin may run ahead of it by what a crash cut off.
+    journal.jsonl has a line per finished track; tokens.bin and melody.bin may run ahead of it by what a crash cut off.
     """
     journal = work / "journal.jsonl"
     journal.touch()
     done = [json.loads(line) for line in journal.read_text().splitlines(True) if line.endswith("\n")]
     frames = sum(entry["frames"] for entry in done)
-    with open(journal, "r+") as lines, open(work / "tokens.bin", "ab") as tokens:
+    bins = [open(work / name, "ab") for name in ("tokens.bin", "melody.bin")]
+    with open(journal, "r+") as lines, bins[0], bins[1]:
         lines.truncate(sum(len(json.dumps(entry)) + 1 for entry in done))
         lines.seek(0, os.SEEK_END)
-        if tokens.tell() < frames * codec.K * 2:
-            raise UserError(f"{work}: its tokens.bin is cut off; remove the folder to start again")
-        tokens.truncate(frames * codec.K * 2)
+        for file, size in zip(bins, (frames * codec.K * 2, frames)):
+            if file.tell() < size:
+                raise UserError(f"{file.name}: is cut off; remove {work} to start again")
+            file.truncate(size)
         workers = min(workers or os.cpu_count(), max(1, len(tracks) - len(done)))
         pool = multiprocessing.get_context("spawn").Pool(workers, start_worker, (codec_name, codec_weights))
-        jobs = [(track["path"], min_seconds) for track in tracks[len(done) :]]
+        jobs = [(track["path"], track["melody_from"], min_seconds) for track in tracks[len(done) :]]
         bar = tqdm(total=len(tracks), initial=len(done), desc="encoding", unit="track", file=sys.stdout, mininterval=1)
         with pool, bar:
-            for codes, reason in pool.imap(encode_track, jobs):
+            for codes, melody, reason in pool.imap(encode_track, jobs):
                 distributed.beat("encoding")
                 entry = dict(frames=0 if codes is None else len(codes), skipped=reason)
                 if codes is not None:
-                    tokens.write(codes.tobytes())
-                    tokens.flush()
+                    for file, array in zip(bins, (codes, melody)):
+                        file.write(array.tobytes())
+                        file.flush()
                     frames += len(codes)
                 lines.write(json.dumps(entry) + "\n")
                 lines.flush()
@@ -230,7 +246,7 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         raise UserError("--workers must be 0 or above, and --valid_fraction between 0 and 1")
     codec = load_codec(codec_name, codec_weights)
     tracks = find_tracks(music, captions)
-    contents = [[t["name"], t["caption"], t["metadata"], os.path.getsize(t["path"])] for t in tracks]
+    contents = [[t["name"], t["melody_from"], t["caption"], t["metadata"], os.path.getsize(t["path"])] for t in tracks]
     digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     request = dict(music=str(Path(music).resolve()), tracks=digest, codec=codec.id, min_seconds=min_seconds,
                    valid_fraction=valid_fraction)  # fmt: skip
@@ -264,16 +280,18 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         "valid": [t for t in kept if t["name"] in held_out],
     }
     tokens = np.memmap(work / "tokens.bin", np.uint16, "r", shape=(first, codec.K))
+    melody = np.memmap(work / "melody.bin", np.uint8, "r", shape=(first,))
     for split, side in sides.items():
-        write_split(work, split, side, tokens)
+        write_split(work, split, side, tokens, melody)
     (work / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped), encoding="utf-8")
     (work / "tokenizer.model").write_bytes(train_tokenizer(sides["train"], vocab_size))
     np.save(work / "counts.npy", [histogram(tokens, side, codec.card) for side in sides.values()])
     counts = {split: dict(tracks=len(side), frames=sum(t["frames"] for t in side)) for split, side in sides.items()}
-    about = dict(name=codec_name, id=codec.id, K=codec.K, card=codec.card, frame_rate=codec.frame_rate)
+    about = dict(name=codec_name, id=codec.id, K=codec.K, card=codec.card, frame_rate=codec.frame_rate,
+                 dim=codec.dim)  # fmt: skip
     write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=about, **counts, request=request))
     work.rename(out)
-    for name in ("tokens.bin", "journal.jsonl", "request.json"):
+    for name in ("tokens.bin", "melody.bin", "journal.jsonl", "request.json"):
         (out / name).unlink()
     for split, count in counts.items():
         print(f"{split}: {count['tracks']} tracks, {count['frames'] / codec.frame_rate / 60:.1f} minutes")
@@ -288,9 +306,10 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
 class Batch(NamedTuple):
     codes: torch.Tensor  # int64 [B, K, T], 0 on padding
     valid: torch.Tensor  # bool [B, T], False on padding
+    scored: torch.Tensor  # bool [B, T], False where the loss does not count: padding, and the excerpt given as style
     conditions: list  # B dicts, see conditioning.py
     tracks: list  # B dicts, as in the shard's .jsonl
-    lengths: torch.Tensor  # int64, unpadded frames of each item of the global batch, of which these B may be a share
+    everywhere: torch.Tensor  # `scored` of the global batch, of which these B may be a share
 
 
 def load_meta(folder):
@@ -311,18 +330,22 @@ class Tokens:
     def __init__(self, folder, split):
         self.folder, self.meta = Path(folder), load_meta(folder)
         self.K, self.card = self.meta["codec"]["K"], self.meta["codec"]["card"]
-        self.tracks, self.shards = [], []
+        self.rate = self.meta["codec"]["frame_rate"]
+        self.tracks, self.shards, self.melodies = [], [], []
         for path in sorted(self.folder.glob(f"{split}_*.jsonl")):
-            try:
-                self.shards.append(np.load(path.with_suffix(".npy"), mmap_mode="r"))
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{path.with_suffix('.npy')}: cannot be read ({error}); prepare the data again"
-                ) from None
+            for arrays, suffix in ((self.shards, ".npy"), (self.melodies, "_melody.npy")):
+                file = path.with_name(path.stem + suffix)
+                try:
+                    arrays.append(np.load(file, mmap_mode="r"))
+                except (OSError, ValueError) as error:
+                    raise UserError(f"{file}: cannot be read ({error}); prepare the data again") from None
             for line in path.read_text(encoding="utf-8").splitlines():
                 self.tracks.append({**json.loads(line), "shard": len(self.shards) - 1})
         frames = sum(track["frames"] for track in self.tracks)
-        if frames != self.meta[split]["frames"] or any(shard.shape[1:] != (self.K,) for shard in self.shards):
+        shapes = [(shard.shape[1:], melody.shape) for shard, melody in zip(self.shards, self.melodies)]
+        if frames != self.meta[split]["frames"] or any(
+            shape != ((self.K,), shard.shape[:1]) for shape, shard in zip(shapes, self.shards)
+        ):
             raise UserError(f"{folder}: the {split} shards do not agree with meta.json; prepare the data again")
         self.ends = np.cumsum([track["frames"] for track in self.tracks])
 
@@ -338,16 +361,44 @@ class Tokens:
             )
         return codes
 
-    def collate(self, items, T, conditions, everywhere=None):
-        """items: (track, first frame) -> a Batch of T frames, shorter tracks padded."""
-        codes = torch.zeros(len(items), self.K, T, dtype=torch.int64)
-        valid = torch.zeros(len(items), T, dtype=torch.bool)
+    def melody(self, track, start, T):
+        """The pitch classes of T frames, 8 a second: uint8 [M], silence past the track's end."""
+        at = start + ((np.arange(round(T * CHROMA_RATE / self.rate)) + 0.5) * self.rate / CHROMA_RATE).astype(int)
+        notes = self.melodies[track["shard"]][track["first"] + at.clip(max=track["frames"] - 1)]
+        return np.where(at < track["frames"], notes, SILENCE)
+
+    def collate(self, items, T, given, mine=None):
+        """A Batch of T frames, shorter tracks padded, of those `items` of a global batch that are `mine`, or all.
+
+        items: (track, first frame) each; given: which conditions each gets, see `draw_conditions`.
+        """
+        mine = range(len(items)) if mine is None else mine
+        codes = torch.zeros(len(mine), self.K, T, dtype=torch.int64)
+        valid, everywhere = torch.zeros(len(mine), T, dtype=torch.bool), torch.zeros(len(items), T, dtype=torch.bool)
         for row, (track, start) in enumerate(items):
+            everywhere[row, : track["frames"] - start] = True
+            if given[row]["style"]:
+                first, end, _ = given[row]["style"]
+                everywhere[row, first:end] = False
+        conditions = []
+        for row, item in enumerate(mine):
+            (track, start), gets = items[item], given[item]
             found = torch.from_numpy(self.codes(track, start, T).T.astype(np.int64))
             codes[row, :, : found.shape[1]] = found
             valid[row, : found.shape[1]] = True
-        lengths = torch.tensor([min(T, track["frames"] - start) for track, start in everywhere or items])
-        return Batch(codes, valid, conditions, [track for track, _ in items], lengths)
+            conditions.append({"text": gets["text"]})
+            if gets["melody"]:
+                conditions[-1]["melody"] = self.melody(track, start, T)
+            if gets["style"]:
+                first, end, books = gets["style"]
+                conditions[-1]["style"] = (found[:, first:end], books)
+        return Batch(codes, valid, everywhere[list(mine)], conditions, [items[i][0] for i in mine], everywhere)
+
+    def whole(self, items, T, settings):
+        """As `collate`, with every condition that the settings have."""
+        lengths = [min(T, track["frames"] - start) for track, start in items]
+        return self.collate(items, T, [all_conditions(track["caption"], frames, self.rate, settings)
+                                       for (track, _), frames in zip(items, lengths)])  # fmt: skip
 
     def batch(self, step, settings, T, rank=0, ranks=1):
         """One rank's share of a step's batch: a pure function of (seed, step), whatever the number of ranks.
@@ -355,17 +406,15 @@ class Tokens:
         Tracks come up in proportion to their length.
         """
         rng = np.random.default_rng([settings.seed, step])
-        items, draws = [], []
+        items, given = [], []
         for row, frame in enumerate(rng.integers(self.ends[-1], size=settings.batch_size)):
             track = self.tracks[np.searchsorted(self.ends, frame, side="right")]
             draw = np.random.default_rng([settings.seed, step, row + 1])  # row 0 would repeat the batch's own numbers
             items.append((track, int(draw.integers(max(0, track["frames"] - T) + 1))))
-            draws.append(draw)
+            frames = min(T, track["frames"])
+            given.append(draw_conditions(track["caption"], track["metadata"], frames, self.rate, draw, settings))
         share = settings.batch_size // ranks
-        mine = range(rank * share, (rank + 1) * share)
-        conditions = [draw_conditions(items[row][0]["caption"], items[row][0]["metadata"], draws[row], settings)
-                      for row in mine]  # fmt: skip
-        return self.collate([items[row] for row in mine], T, conditions, items)
+        return self.collate(items, T, given, range(rank * share, (rank + 1) * share))
 
     def segments(self, T, most=0):
         """Every track in consecutive pieces of T frames, as (track, first frame); `most` of them, evenly spread."""
@@ -374,17 +423,17 @@ class Tokens:
             pieces = [pieces[i] for i in np.linspace(0, len(pieces) - 1, most).round().astype(int)]
         return pieces
 
-    def batches(self, T, batch_size, most=0, rank=0, ranks=1):
-        """One rank's share of `segments` in batches, each with its caption and nothing dropped.
+    def batches(self, T, batch_size, settings, rank=0, ranks=1):
+        """One rank's share of `segments` in batches, each with all conditions and nothing dropped.
 
         Every rank gets the same number of batches, as FSDP needs; a rank that has none left gets one all padding.
         """
-        pieces = self.segments(T, most)
+        pieces = self.segments(T, settings.valid_items)
         for first in range(0, len(pieces), batch_size * ranks):
             chosen = pieces[first + rank * batch_size :][:batch_size]
-            items = chosen or pieces[:1]
-            batch = self.collate(items, T, [{"text": track["caption"]} for track, _ in items])
-            yield batch if chosen else batch._replace(valid=torch.zeros_like(batch.valid))
+            batch = self.whole(chosen or pieces[:1], T, settings)
+            nothing = torch.zeros_like(batch.valid)
+            yield batch if chosen else batch._replace(valid=nothing, scored=nothing)
 
 
 def unigram_ce(folder):

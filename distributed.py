@@ -180,7 +180,9 @@ def replicate(model, device):
     one that was never stopped, and on more than two ranks another grouping adds up in another order.
     """
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=True)
+    return DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+    )
 
 
 def without_sync(model, apart):

@@ -8,9 +8,10 @@ music is decoded from its codes too, so that the codec's own losses are on both 
 
 Fréchet distance   between Gaussians of the codec's latents; of VGGish's in FAD (arXiv:1812.08466). A frame is stacked
                    with the next one: by frames alone, codes drawn at random with the right frequency pass for music.
-chroma similarity  mean cosine of the pitch classes, frame by frame: are melody and harmony the same?
+chroma similarity  mean cosine of the pitch classes, frame by frame: are melody and harmony the same? For a model that
+                   takes a melody also to that melody, and to another clip's.
 caption adherence  a probe, ridge regression on pooled features of real clips, learns to tell each attribute stored with
-                   the data set: instrument, tempo, drums ... How often does it hear what the caption asks for?
+                   the data set: instrument, tempo, drums ... How often does it hear what the conditions ask for?
 real-time factor   seconds of music generated in a second.
 
 Letters: N clips, K codebooks, T frames, T' chroma frames, D size of a vector, F features, C classes.
@@ -30,7 +31,7 @@ import config
 import data
 import distributed
 from codec import load_codec, mel_spectrogram
-from conditioning import chromagram
+from conditioning import SILENCE, chromagram
 from config import UserError
 from model import load_model, pick_device
 
@@ -161,7 +162,8 @@ def generate_many(model, conditions, T, cfg, s, name, prompts=None, batch_size=3
 
         codes = model.generate(
             [conditions[i] for i in seeds], T, prompt=None if prompts is None else prompts[seeds], cfg=cfg,
-            temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seeds=seeds, progress=progress,
+            cfg_beta=s.cfg_beta, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seeds=seeds,
+            progress=progress,
         )  # fmt: skip
         parts.append(codes.cpu())
     bar.close()
@@ -196,52 +198,88 @@ def frechet_floor(codec, train_data, real, target):
     return float(np.mean(distances))
 
 
+def requests(conditions, s):
+    """What to generate: {name: (N conditions, guidance)}; the first name has all conditions and the settings' cfg."""
+    names = {name for sample in conditions for name in sample}
+
+    def alone(name, **change):
+        return [{name: change.get(name, sample[name])} if name in sample else {} for sample in conditions]
+
+    made = {f"cfg {s.cfg:g}": (conditions, s.cfg), "cfg 1": (conditions, 1.0)}
+    if len(names) > 1:
+        made |= {f"{name} alone": (alone(name), s.cfg) for name in sorted(names)}
+    if "style" in names:
+        for books in {1, s.style_books}:
+            excerpts = [{"style": (sample["style"][0], books)} for sample in conditions]
+            made[f"style of {books} book{'s' * (books > 1)}"] = (excerpts, s.cfg)
+    return made | {"nothing": ([{} for _ in conditions], 1.0)}
+
+
 def evaluate(model, codec, train_data, valid_data, s):
     """Measures the model on the first `evaluate_clips` held-out tracks. All ranks must call it, and get the same dict:
 
     clips                  how many
-    fad, fad_real          Fréchet distance from the held-out clips to those generated for their captions, cut to the
+    fad, fad_real          Fréchet distance from the held-out clips to those generated for their conditions, cut to the
                            same lengths; and to training clips, which is the floor
     chroma, chroma_chance  similarity of each held-out clip to the one generated for it; and to the one for the next.
                            Only the difference tells: noise, whose pitches are all equal, is similar to anything
     rtf                    seconds of music a second, all ranks together, with the guidance of the settings: from
-                           captions to codes, the text encoder and the gathering of the codes included, decoding not
-    adherence              {attribute: {"chance", "real", "cfg 3", "cfg 1", "no text"}}, shares of clips, with the cfg
-                           of the settings in the place of 3. `real` is the held-out music; `no text` is generated
-                           without the caption, which is what conditioning has to beat. {} without captions, or
-                           without an attribute that training and held-out tracks share
+                           conditions to codes, the text encoder and the gathering of the codes included, decoding not
+    adherence              {attribute: {"chance", "real", "cfg 3", "cfg 1", ..., "nothing"}}, shares of clips, with the
+                           cfg of the settings in the place of 3. `real` is the held-out music; `nothing` is generated
+                           without conditions, which is what conditioning has to beat. {} without captions, or without
+                           an attribute that training and held-out tracks share
+    melody                 {"real", "cfg 3", ...: {"own", "shuffled"}}, similarity of each clip's chroma to the melody
+                           that it was given, and to the next clip's. {} if the model takes no melody
     """
     T, asked = model.trained_frames, valid_data.tracks[: s.evaluate_clips]
     attributes = attributes_of(train_data) if any(track["caption"] for track in asked) else {}
 
-    conditions, guided = [{"text": track["caption"]} for track in asked], f"cfg {s.cfg:g}"
-    distributed.wait()
-    start = time.perf_counter()
-    made = {guided: generate_many(model, conditions, T, s.cfg, s, guided)}
-    seconds = time.perf_counter() - start  # the slowest rank's, for which the others wait
-    for name, given in (("cfg 1", conditions), ("no text", [{} for _ in asked])):
-        if attributes and name not in made:
-            made[name] = generate_many(model, given, T, 1.0, s, name)
+    conditions = valid_data.whole([(track, 0) for track in asked], T, s).conditions
+    made, seconds = {}, 0.0
+    for name, (given, cfg) in requests(conditions, s).items():
+        if made and not attributes and not s.melody:
+            break
+        distributed.wait()
+        start = time.perf_counter()
+        made[name] = generate_many(model, given, T, cfg, s, name)
+        seconds = seconds or time.perf_counter() - start  # the slowest rank's, for which the others wait
     if distributed.rank() > 0:
         return distributed.gather(None)[0]
 
     real = [clip_of(valid_data, track, T) for track in asked]
-    fake = [codes[:, : held_out.shape[1]] for codes, held_out in zip(made[guided], real)]
+    made = {name: [codes[:, : held_out.shape[1]] for codes, held_out in zip(clips, real)]
+            for name, clips in {"real": real, **made}.items()}  # fmt: skip
+    guided = f"cfg {s.cfg:g}"
     target = latent_gaussian(codec, real)
-    own = listen(codec, watched(real, "chroma of held-out clips"), chromagram)
-    theirs = listen(codec, watched(fake, "chroma of generated clips"), chromagram)
+    chroma = {name: listen(codec, watched(clips, f"chroma of {name}"), chromagram)
+              for name, clips in made.items() if s.melody or name in ("real", guided)}  # fmt: skip
+
+    def similarity(ours, theirs):
+        return float(np.mean([chroma_similarity(a[0], b[0]) for a, b in zip(ours, theirs)]))
+
+    def shuffled(clips):
+        return clips[1:] + clips[:1]
+
     result = {
         "clips": len(asked),
-        "fad": frechet_distance(latent_gaussian(codec, fake), target),
+        "fad": frechet_distance(latent_gaussian(codec, made[guided]), target),
         "fad_real": frechet_floor(codec, train_data, real, target),
-        "chroma": float(np.mean([chroma_similarity(a[0], b[0]) for a, b in zip(own, theirs)])),
-        "chroma_chance": float(np.mean([chroma_similarity(a[0], b[0]) for a, b in zip(own, theirs[1:] + theirs[:1])])),
+        "chroma": similarity(chroma["real"], chroma[guided]),
+        "chroma_chance": similarity(chroma["real"], shuffled(chroma[guided])),
         "rtf": len(asked) * T / codec.frame_rate / seconds,
         "adherence": {},
+        "melody": {},
     }
+    if s.melody:
+        melodies = [F.one_hot(torch.as_tensor(sample["melody"]).long(), SILENCE + 1)[:, :SILENCE].T[None].float()
+                    for sample in conditions]  # fmt: skip
+        others = shuffled(melodies)
+        result["melody"] = {name: {"own": similarity(clips, melodies), "shuffled": similarity(clips, others)}
+                            for name, clips in chroma.items()}  # fmt: skip
     if attributes:
         heard = {name: torch.cat(listen(codec, watched(clips, f"listening to {name}"), features))
-                 for name, clips in {"real": real, **made}.items()}  # fmt: skip
+                 for name, clips in made.items()}  # fmt: skip
         known = train_data.tracks[:: max(1, len(train_data.tracks) // PROBE_CLIPS)]
         clips = (clip_of(train_data, track, T) for track in watched(known, "listening to training clips"))
         result["adherence"] = adherence(attributes, known, torch.cat(listen(codec, clips, features)), asked, heard)
@@ -249,18 +287,29 @@ def evaluate(model, codec, train_data, valid_data, s):
 
 
 def print_table(result):
-    print(f"\nmeasured on {result['clips']} clips, generated for held-out captions")
+    print(f"\nmeasured on {result['clips']} clips, generated for held-out conditions")
     print(f"Fréchet distance of codec latents {result['fad']:9.2f}   floor, real music: {result['fad_real']:.2f}")
     print(f"chroma similarity to the held-out {result['chroma']:9.2f}   chance: {result['chroma_chance']:.2f}")
     print(f"real-time factor                  {result['rtf']:9.2f}   seconds of music in a second")
+    columns = {f"{name}": row for name, row in result["adherence"].items()}
+    if result["melody"]:
+        for key, title in (("own", "melody"), ("shuffled", "shuffled")):
+            columns[title] = {name: of[key] for name, of in result["melody"].items()}
     if not result["adherence"]:
-        return print("caption adherence: not measured, without captions and attributes on both sides")
-    columns = list(next(iter(result["adherence"].values())))
-    print("\ncaption adherence: share of clips in which a probe hears what the caption asks for")
-    print(f"{'':12}" + "".join(f"{column:>9}" for column in columns) + f"{'% of real':>11}")
-    for attribute, row in result["adherence"].items():
-        share = f"{row[columns[2]] / row['real']:.0%}" if row["real"] else "-"
-        print(f"{attribute:12}" + "".join(f"{row[column]:9.2f}" for column in columns) + f"{share:>11}")
+        print("caption adherence: not measured, without captions and attributes on both sides")
+    if not columns:
+        return
+    print("\nadherence: share of clips in which a probe hears the attribute of the clip that gave the conditions")
+    if result["melody"]:
+        print("melody: similarity of chroma to the melody that was given, and to another clip's")
+    print(f"{'':18}" + "".join(f"{title:>12}" for title in columns))
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        cells = [f"{column[name]:12.2f}" if name in column else f"{'':12}" for column in columns.values()]
+        print(f"{name:18}" + "".join(cells))
+    for row in list(result["adherence"].values())[:1]:
+        guided = list(row)[2]
+        shares = [of[guided] / of["real"] if of["real"] else 0.0 for of in result["adherence"].values()]
+        print(f"{guided + ', % of real':18}" + "".join(f"{share:12.0%}" for share in shares))
 
 
 def main():

@@ -3,7 +3,8 @@
     forward    codes, conditions -> summed cross-entropy per codebook, in pattern order
     generate   conditions, maybe a prompt -> codes, with a KV cache and classifier-free guidance
 
-Letters: B batch, K codebooks, T frames, S sequence steps, D model width, H heads, L condition length.
+Letters: B batch, K codebooks, T frames, S sequence steps, D model width, H heads, L condition length, P rows of
+conditions that are prepended to the sequence.
 codes int64 [B, K, T] in [0, card); sequence [B, K, S] in [0, card], where `card` is the special token.
 """
 
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distributed
 from codec import first_line
-from conditioning import Conditioner
+from conditioning import CHROMA_RATE, Conditioner
 from config import FIELDS, Settings, UserError
 from patterns import make_pattern
 
@@ -54,11 +55,11 @@ def peak_flops(device, dtype):
     return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
 
 
-def sinusoids(start, S, dim, device):
-    """Sinusoidal positions [S, dim], cosines first as in MusicGen. Always float32: bfloat16 errs by more than 1."""
-    position = torch.arange(start, start + S, device=device, dtype=torch.float32)[:, None]
-    rate = torch.exp(torch.arange(dim // 2, device=device) * (-math.log(10_000) / (dim // 2 - 1)))
-    return torch.cat([torch.cos(position * rate), torch.sin(position * rate)], dim=1)
+def sinusoids(position, dim):
+    """Positions [S] -> [S, dim], cosines first as in MusicGen. Always float32: bfloat16 errs by more than 1."""
+    rate = torch.exp(torch.arange(dim // 2, device=position.device) * (-math.log(10_000) / (dim // 2 - 1)))
+    angle = position.float()[:, None] * rate
+    return torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
 
 
 class KVCache:
@@ -135,18 +136,18 @@ def pattern_on(device, *description):
 
 
 class MusicLM(nn.Module):
-    """settings: see config/__init__.py; codec: a dict with K, card and frame_rate; tokenizer: SentencePiece bytes."""
+    """settings: see config/__init__.py; codec: a dict with K, card, frame_rate, dim; tokenizer: SentencePiece bytes."""
 
     def __init__(self, settings, codec, tokenizer):
         super().__init__()
         self.K, self.card = codec["K"], codec["card"]
-        self.special = self.card
+        self.special, self.frame_rate = self.card, codec["frame_rate"]
         self.pattern_name, self.delays = settings.pattern, settings.delays or None
         self.activation_checkpointing = settings.activation_checkpointing
-        self.trained_frames = round(settings.segment * codec["frame_rate"])
+        self.trained_frames = round(settings.segment * self.frame_rate)
         self.check_pattern()
         D = settings.dim
-        self.conditioner = Conditioner(settings, tokenizer)
+        self.conditioner = Conditioner(settings, codec, tokenizer)
         self.embed = nn.Embedding(self.K * (self.card + 1), D)  # the K tables, one after another
         self.blocks = nn.ModuleList(Block(D, settings.heads, layer) for layer in range(settings.layers))
         self.norm = nn.LayerNorm(D)
@@ -182,12 +183,20 @@ class MusicLM(nn.Module):
     def pattern(self, T, training=False):
         return pattern_on(self.embed.weight.device, self.pattern_name, self.K, T, self.delays, training)
 
-    def hidden(self, sequence, states, mask, cache=None):
-        """sequence [B, K, S], after the steps in the cache if there is one -> what the heads read, [B, S, D]."""
+    def hidden(self, sequence, states, mask, prefix, cache=None):
+        """sequence [B, K, S], after the steps in the cache if there is one -> what the heads read, [B, S, D].
+
+        The rest are the conditions: states [B, L, D] and mask [B, L] to attend to, prefix [B, P, D] to stand before.
+        """
         B, K, S = sequence.shape
-        start = 0 if cache is None else cache.length
+        start = max(0, cache.length - prefix.shape[1]) if cache is not None else 0
         table = torch.arange(K, device=sequence.device)[:, None] * (self.card + 1)
-        x = self.embed(sequence + table).sum(1) + sinusoids(start, S, self.embed.embedding_dim, sequence.device)
+        x = self.embed(sequence + table).sum(1)
+        position = torch.arange(start, start + S, device=x.device)
+        if start == 0:
+            x = torch.cat([prefix.to(x.dtype), x], dim=1)
+            position = torch.cat([self.conditioner.positions(x.device), position])
+        x = x + sinusoids(position, x.shape[2])
         mask = mask[:, None, None, :]
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -195,28 +204,29 @@ class MusicLM(nn.Module):
             else:
                 x = block(x, states, mask, cache)
         if cache is not None:
-            cache.length += S
-        return self.norm(x)
+            cache.length += x.shape[1]
+        return self.norm(x[:, -S:])
 
     def logits(self, hidden):
         """[B, S, D] -> [B, S, K, card]."""
         return self.heads(hidden).unflatten(-1, (self.K, self.card))
 
-    def loss_mask(self, valid):
-        """valid bool [B, T] -> bool [B, K, S - 1]: the targets that are codes of unpadded frames."""
-        frames = valid[:, None].expand(-1, self.K, -1).long()
-        return self.pattern(valid.shape[1], training=True).build(frames, special=0)[:, :, 1:].bool()
+    def loss_mask(self, scored):
+        """scored bool [B, T] -> bool [B, K, S - 1]: the targets that are codes of these frames."""
+        frames = scored[:, None].expand(-1, self.K, -1).long()
+        return self.pattern(scored.shape[1], training=True).build(frames, special=0)[:, :, 1:].bool()
 
-    def forward(self, codes, valid, inputs):
+    def forward(self, codes, valid, scored, inputs):
         """The training objective, as sums so that batches of any make-up can be added.
 
-        codes [B, K, T]; valid bool [B, T], False on padding; inputs from `conditioner.prepare`.
+        codes [B, K, T]; bool [B, T]: valid, False on padding, and scored, False also where the loss is not to count;
+        inputs from `conditioner.prepare`.
         Returns (ce_sum, count), float32 [K] each: cross-entropy in nats over the positions that count, and their
         number. The loss is (ce_sum / count).mean().
         """
         codes = codes.masked_fill(~valid[:, None], self.special)  # as after the end of a generated sequence
         sequence = self.pattern(codes.shape[-1], training=True).build(codes, self.special)
-        mask = self.loss_mask(valid)
+        mask = self.loss_mask(scored)
         target = sequence[:, :, 1:].masked_fill(~mask, -100).transpose(1, 2)
         logits = self.logits(self.hidden(sequence[:, :, :-1], *self.conditioner(inputs)))
         ce = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), ignore_index=-100, reduction="none")
@@ -229,6 +239,7 @@ class MusicLM(nn.Module):
         half counted in, as is the custom (arXiv:2204.02311, appendix B). The text's own are left out.
         """
         S = make_pattern(self.pattern_name, self.K, self.trained_frames, self.delays, training=True).S - 1
+        S += self.conditioner.rows
         parts = [self.heads, *self.blocks]
         weights = sum(p.numel() for part in parts for name, p in part.named_parameters() if "cross_kv" not in name)
         return 6 * weights * S + 12 * len(self.blocks) * self.embed.embedding_dim * S**2
@@ -240,12 +251,14 @@ class MusicLM(nn.Module):
         return pattern.align_logits(self.logits(hidden).transpose(1, 2))
 
     @torch.no_grad()
-    def generate(self, conditions, frames, prompt=None, cfg=3.0, temperature=1.0, top_k=250, top_p=0.0,
+    def generate(self, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temperature=1.0, top_k=250, top_p=0.0,
                  seeds=None, progress=None):  # fmt: skip
         """B dicts of conditions -> codes int64 [B, K, frames].
 
         prompt   codes [B, K, T] to go on from; they come first in the result, unchanged
         cfg      guidance: null + cfg * (conditioned - null); 1 costs half as much
+        cfg_beta null + cfg * (no_text + cfg_beta * (conditioned - no_text) - null) for samples with text and style
+                 (arXiv:2407.12563, section 3.3); but for 1, costs half as much again
         choice   temperature 0 takes the likeliest; else top_p if set, else top_k if set, else the whole distribution
         seeds    B integers; a sample depends on its own seed and condition alone, not on its neighbours
         progress called with the number of frames done
@@ -253,24 +266,26 @@ class MusicLM(nn.Module):
         Past the trained length, windows of that length go on from the second half of what is there.
         """
         B, device = len(conditions), self.embed.weight.device
-        guided = cfg != 1 and any(value for sample in conditions for value in sample.values())
-        inputs = self.conditioner.prepare(conditions + [{}] * B if guided else conditions, device)
-        states, mask = self.conditioner(inputs)
         rngs = [torch.Generator().manual_seed(seed) for seed in (seeds or range(B))]
         window = self.trained_frames
         codes = torch.zeros(B, self.K, 0, dtype=torch.int64) if prompt is None else prompt
         codes = codes.to(device)
+        groups, weights = guidance(conditions, cfg, cfg_beta)
+        weights = weights.to(device)
         choose = dict(temperature=temperature, top_k=min(top_k, self.card), top_p=top_p)
         while (have := codes.shape[-1]) < frames:
             context = codes if have < window else codes[:, :, -(window - window // 2) :]
-            length = min(window, context.shape[-1] + frames - have)
-            report = (lambda done, base=have - context.shape[-1]: progress(base + done)) if progress else None
-            longer = self.continue_codes(context, length, states, mask, cfg if guided else 1, choose, rngs, report)
+            first = have - context.shape[-1]
+            length = min(window, frames - first)
+            rows = [from_second(first / self.frame_rate, sample) for group in groups for sample in group]
+            fused = self.conditioner(self.conditioner.prepare(rows, device))
+            report = (lambda done, first=first: progress(first + done)) if progress else None
+            longer = self.continue_codes(context, length, fused, weights, choose, rngs, report)
             codes = torch.cat([codes, longer[:, :, context.shape[-1] :]], dim=2)
         return codes[:, :, :frames]
 
-    def continue_codes(self, context, length, states, mask, cfg, choose, rngs, progress=None):
-        """context [B, K, T] -> [B, K, length]; states and mask hold 2 B rows, the last B null, where cfg is not 1."""
+    def continue_codes(self, context, length, fused, weights, choose, rngs, progress=None):
+        """context [B, K, T] -> [B, K, length]; fused: the conditioner's output for G B rows, weights [G, B]."""
         B, K, T = context.shape
         pattern = self.pattern(length)
         unknown = -1
@@ -278,14 +293,11 @@ class MusicLM(nn.Module):
         first = int((sequence == unknown).any(1).any(0).nonzero()[0])
         uniform = torch.stack([torch.rand(pattern.S - first, K, generator=rng) for rng in rngs], dim=1)
         uniform = uniform.to(sequence.device)
-        cache, done = KVCache(pattern.S), 0
+        cache, done = KVCache(fused[2].shape[1] + pattern.S), 0
         for step in range(first, pattern.S):
-            fresh = sequence[:, :, done:step]
-            rows = fresh if len(states) == B else torch.cat([fresh, fresh])
-            logits = self.logits(self.hidden(rows, states, mask, cache)[:, -1:])[:, 0].float()
-            if cfg != 1:
-                conditioned, null = logits.chunk(2)
-                logits = null + cfg * (conditioned - null)
+            rows = sequence[:, :, done:step].repeat(len(weights), 1, 1)
+            logits = self.logits(self.hidden(rows, *fused, cache)[:, -1:])[:, 0].float()
+            logits = (weights[:, :, None, None] * logits.unflatten(0, weights.shape)).sum(0)
             slot = sequence[:, :, step]
             chosen = choose_codes(logits, uniform[step - first], **choose)
             sequence[:, :, step] = torch.where(slot == unknown, chosen, slot)
@@ -293,6 +305,25 @@ class MusicLM(nn.Module):
             if progress:
                 progress(max(T, step * length // (pattern.S - 1)))
         return pattern.revert(sequence, self.special)
+
+
+def guidance(conditions, cfg, beta):
+    """Groups of B conditions, and float weights [G, B]: guided logits are the weighted sum of the groups' logits."""
+    conditions = [{key: value for key, value in sample.items() if value is not None and len(value)}
+                  for sample in conditions]  # fmt: skip
+    if not any(conditions):
+        return [conditions], torch.ones(1, len(conditions))
+    without_text = [{key: value for key, value in sample.items() if key != "text"} for sample in conditions]
+    beta = torch.tensor([beta if {"text", "style"} <= sample.keys() else 1.0 for sample in conditions])
+    weights = torch.stack([cfg * beta, cfg * (1 - beta), torch.full_like(beta, 1 - cfg)])
+    used = weights.abs().sum(1) > 0
+    groups = [conditions, without_text, [{}] * len(conditions)]
+    return [group for group, needed in zip(groups, used) if needed], weights[used]
+
+
+def from_second(start, sample):
+    """A sample's conditions for the window that begins there: what has a place in time is cut off before it."""
+    return {key: value[round(start * CHROMA_RATE) :] if key == "melody" else value for key, value in sample.items()}
 
 
 def choose_codes(logits, uniform, temperature, top_k, top_p):

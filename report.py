@@ -389,6 +389,8 @@ def measured(history):
         return "<p>Nothing is measured yet.</p>"
     newest = next((line["attributes"] for line in reversed(history) if line["attributes"]), {})
     text = table([{"caption adherence": attribute, **row} for attribute, row in newest.items()]) if newest else ""
+    melody = next((line["melody"] for line in reversed(history) if line.get("melody")), {})
+    text += table([{"chroma similarity to": name, **row} for name, row in melody.items()]) if melody else ""
     text += f"<details{' open' if len(rows) <= FEW else ''}><summary>epochs: {len(rows)}</summary>"
     return text + table([*rows.values()][::-1]) + "</details>"
 

@@ -34,7 +34,8 @@ from codec import load_audio, load_codec, write_wav
 from config import UserError
 from model import MusicLM, load_model, peak_flops, pick_device, read_checkpoint, save_checkpoint
 
-SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layers text_max_tokens".split()
+SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layers text_max_tokens melody style".split()
+STYLE_SETTINGS = "style_dim style_heads style_layers style_books style_bins style_seconds".split()
 
 
 def learning_rate(step, s):
@@ -56,12 +57,12 @@ def changed_settings(saved, ours):
 def validate(model, valid_data, s, T, size, device, autocast):
     """Cross-entropy per codebook over the held-out segments, each rank its share -> (with text, without), [K]."""
     total = torch.zeros(3, model.K, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    for batch in valid_data.batches(T, size, s.valid_items, distributed.rank(), distributed.size()):
+    for batch in valid_data.batches(T, size, s, distributed.rank(), distributed.size()):
         distributed.beat("validating")
-        codes, valid = batch.codes.to(device), batch.valid.to(device)
+        codes, valid, scored = (tensor.to(device) for tensor in (batch.codes, batch.valid, batch.scored))
         for row, conditions in enumerate((batch.conditions, [{} for _ in batch.conditions])):
             with autocast():
-                ce_sum, count = model(codes, valid, model.conditioner.prepare(conditions, device))
+                ce_sum, count = model(codes, valid, scored, model.conditioner.prepare(conditions, device))
             total[row] += ce_sum
         total[2] += count
     total = distributed.sum_over_ranks(total)
@@ -75,12 +76,12 @@ def write_samples(out, step, model, codec, valid_data, s):
     Returns what the listening page needs to know of each clip, on every rank; paths are relative to `out`.
     """
     T, tracks = model.trained_frames, valid_data.tracks[: s.samples]
-    real = valid_data.collate([(track, 0) for track in tracks], T, [])
-    prompt_frames = max(1, min(T // 4, int(real.lengths.min())))
-    conditions = [{"text": track["caption"]} for track in tracks]
-    free = metrics.generate_many(model, conditions, T, s.cfg, s, "samples")
+    real = valid_data.whole([(track, 0) for track in tracks], T, s)
+    lengths = real.valid.sum(1)
+    prompt_frames = max(1, min(T // 4, int(lengths.min())))
+    free = metrics.generate_many(model, real.conditions, T, s.cfg, s, "samples")
     prompts = real.codes[:, :, :prompt_frames]
-    continued = metrics.generate_many(model, conditions, T, s.cfg, s, "continuations", prompts)
+    continued = metrics.generate_many(model, real.conditions, T, s.cfg, s, "continuations", prompts)
     if distributed.rank() > 0:
         return []
     folder, held_out, clips = out / "samples" / f"step_{step:06d}", out / "samples" / "held_out", []
@@ -94,7 +95,7 @@ def write_samples(out, step, model, codec, valid_data, s):
         return path.relative_to(out).as_posix()
 
     for seed, track in enumerate(tracks):
-        codes = real.codes[seed, :, : real.lengths[seed]]
+        codes = real.codes[seed, :, : lengths[seed]]
         try:
             reference = load_audio(track["path"], codec.sample_rate, codec.channels)[:, : codes.shape[1] * codec.hop]
             reference = write(held_out, reference, seed, "")
@@ -147,7 +148,7 @@ def describe(line):
     start = f"epoch {line['epoch']}, step {line['step']}: "
     if line["stage"] == "valid":
         return (f"{start}valid ce {line['ce']:.3f} (unigram {np.mean(line['unigram_q']):.3f}), by codebook "
-                + " ".join(f"{q:.2f}" for q in line["ce_q"]) + f"; text gains {line['gain']:.3f}")  # fmt: skip
+                + " ".join(f"{q:.2f}" for q in line["ce_q"]) + f"; conditions gain {line['gain']:.3f}")  # fmt: skip
     if line["stage"] == "evaluate":
         return f"{start}Fréchet distance {line['fad']:.2f} (real music {line['fad_real']:.2f})"
     return f"{start}{len(line['clips'])} samples"
@@ -195,6 +196,8 @@ def main():
     distributed.beat("building the model")
     torch.manual_seed(s.seed)  # here, as making the data and the codec draws numbers too
     model = MusicLM(s, about, tokenizer)
+    if s.style:
+        model.conditioner.prepended["style"].set_codec(codec)
     with torch.device("meta"):
         ema = MusicLM(s, about, tokenizer)
     if ranks > 1 and s.parallel == "fsdp":
@@ -222,8 +225,9 @@ def main():
     step, skipped = 0, 0
     ce_total, since_log, grad_norm = np.zeros(codec.K), 0, 0.0  # of the steps since the last line of the log
     if saved or parent:
+        shape = SHAPE_SETTINGS + (STYLE_SETTINGS if s.style else [])
         changes = changed_settings(saved or parent, {**dataclasses.asdict(s), "codec": codec.id})
-        if contradictions := [changes[key] for key in [*SHAPE_SETTINGS, "codec"] if key in changes]:
+        if contradictions := [changes[key] for key in [*shape, "codec"] if key in changes]:
             raise UserError(f"{last if saved else s.init_from}: holds another model ({', '.join(contradictions)});"
                             f" {'choose another --out' if saved else 'give it the same settings'}")  # fmt: skip
     if parent:
@@ -360,16 +364,15 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
         model.train()
-        codes, valid = batch.codes.to(device), batch.valid.to(device)
-        everywhere = torch.arange(T) < batch.lengths[:, None]
-        count = model.loss_mask(everywhere.to(device)).sum((0, 2)).clamp(min=1)  # [K], of the batch over all ranks
+        codes, valid, scored = (tensor.to(device) for tensor in (batch.codes, batch.valid, batch.scored))
+        count = model.loss_mask(batch.everywhere.to(device)).sum((0, 2)).clamp(min=1)  # [K], over all ranks
         ce_q = torch.zeros(codec.K, device=device)
         for i in range(0, len(codes), size):
             distributed.beat("forward and backward")
             inputs = model.conditioner.prepare(batch.conditions[i : i + size], device)
             with distributed.without_sync(net, i + size < len(codes)):
                 with autocast():
-                    ce_sum, _ = net(codes[i : i + size], valid[i : i + size], inputs)
+                    ce_sum, _ = net(codes[i : i + size], valid[i : i + size], scored[i : i + size], inputs)
                 loss = (ce_sum / count).mean()  # by the whole batch's count: micro-batches and ranks add up to its loss
                 scaler.scale(loss * ranks).backward()  # times the ranks, over which gradients are averaged
             ce_q += (ce_sum / count).detach()
@@ -385,6 +388,8 @@ def main():
                 f"step {step + 1}: loss {np.mean(ce_q):g}, gradient norm {norm:g}; a lower --lr may help. The weights"
                 f" were not touched, and {f'{last} is whole' if last.exists() else 'nothing was saved yet'}"
             )
+        if s.style:
+            model.conditioner.prepended["style"].update(distributed.sum_over_ranks, distributed.gather)
         scaler.step(optimizer)  # with float16, not if the gradient has overflowed
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -396,9 +401,11 @@ def main():
                 weight = (1 - s.ema_decay) / (1 - s.ema_decay**updates)  # as in Adam, so that the start leaves no trace
                 with torch.no_grad():
                     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
+                    for average, buffer in zip(ema.buffers(), model.buffers()):  # the style's codebooks
+                        average.copy_(buffer)
         else:
             skipped += 1
-        steps_done, frames_done = steps_done + 1, frames_done + int(batch.lengths.sum())
+        steps_done, frames_done = steps_done + 1, frames_done + int(batch.everywhere.sum())
         bar.update()
 
         epoch = math.ceil(step / s.epoch)

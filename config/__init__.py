@@ -54,9 +54,19 @@ class Settings:
     text_heads: int = 4  # its attention heads; divides text_dim
     text_layers: int = 2  # its blocks
     text_max_tokens: int = 64  # captions are cut off after so many tokens
+    melody: bool = False  # condition on the melody too, the strongest pitch class 8 times a second
+    style: bool = False  # condition on the sound of an excerpt too
+    style_dim: int = 128  # width of the style embedder
+    style_heads: int = 4  # its attention heads; divides style_dim
+    style_layers: int = 2  # its blocks
+    style_books: int = 6  # residual codebooks that its output passes
+    style_bins: int = 256  # vectors in each of them
+    style_seconds: tuple = (1.5, 4.5)  # shortest and longest excerpt, at most half of the item
     # Conditioning, per sample and in training only
     cfg_dropout: float = 0.1  # probability to drop all conditions together, for guidance
     text_dropout: float = 0.0  # probability to drop the text on its own
+    melody_dropout: float = 0.0  # probability to drop the melody on its own
+    style_dropout: float = 0.0  # probability to drop the style on its own
     merge_text_p: float = 0.0  # probability that a track's other metadata joins its caption
     word_dropout: float = 0.0  # probability to drop each word of the caption
     # Optimisation
@@ -82,6 +92,7 @@ class Settings:
     logger: str = ""  # tensorboard or wandb, where it is installed; metrics.jsonl is written anyway
     # Generation
     cfg: float = 3.0  # guidance; 1 switches it off
+    cfg_beta: float = 1.0  # how much more the text counts than the style, where both are given; 1: as much
     temperature: float = 1.0  # 0 takes the likeliest code
     top_k: int = 250  # sample among so many codes; 0: all
     top_p: float = 0.0  # sample within this probability mass instead; 0: off
@@ -99,10 +110,12 @@ NOT_NEGATIVE = (
     " evaluate_every evaluate_clips watchdog temperature top_k"
 )
 POSITIVE = (
-    "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens steps lr ema_every epoch"
-    " log_every"
+    "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens style_dim style_heads"
+    " style_layers style_books style_bins steps lr ema_every epoch log_every"
 )
-PROBABILITIES = "cfg_dropout text_dropout merge_text_p word_dropout beta1 beta2 ema_decay top_p"
+PROBABILITIES = (
+    "cfg_dropout text_dropout melody_dropout style_dropout merge_text_p word_dropout beta1 beta2 ema_decay top_p"
+)
 
 
 def nearest(name, names):
@@ -163,9 +176,11 @@ def validate(s):
     for key in PROBABILITIES.split():
         if not 0 <= getattr(s, key) <= 1:
             raise UserError(f"{key} = {getattr(s, key)}: must lie between 0 and 1")
-    for width, heads in (("dim", "heads"), ("text_dim", "text_heads")):
+    for width, heads in (("dim", "heads"), ("text_dim", "text_heads"), ("style_dim", "style_heads")):
         if getattr(s, width) % getattr(s, heads) or getattr(s, width) // getattr(s, heads) % 2:
             raise UserError(f"{width} = {getattr(s, width)}: must be an even multiple of {heads} = {getattr(s, heads)}")
+    if not (len(s.style_seconds) == 2 and 0 < s.style_seconds[0] <= s.style_seconds[1]):
+        raise UserError(f"style_seconds = {s.style_seconds}: must be the shortest and the longest, 1.5,4.5")
     if s.ema_decay == 1:
         raise UserError("ema_decay = 1: an average that never changes; 0.99 is usual")
     check_sizes(s.batch_size, s.micro_batch, int(os.environ.get("WORLD_SIZE", 1)))

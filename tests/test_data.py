@@ -1,6 +1,7 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import finish, start
 
 import data
+from conditioning import melody_of
 from config import Settings, UserError
 from data import Tokens, load_audio, prepare, unigram_ce
 
@@ -51,11 +53,52 @@ def test_short_tracks_are_padded_and_masked(dataset):
         assert (codes[:, ~valid] == 0).all()
 
 
+def test_a_style_excerpt_leaves_the_loss_and_a_melody_is_the_segments_own(dataset):
+    tokens = Tokens(dataset, "train")
+    batch = tokens.batch(0, settings(melody=True, style=True, style_dropout=0.5, melody_dropout=0.5), T=400)
+    assert {"style" in sample for sample in batch.conditions} == {True, False}
+    for row, (sample, track) in enumerate(zip(batch.conditions, batch.tracks)):
+        left_out = batch.valid[row] & ~batch.scored[row]
+        if "style" in sample:
+            codes, books = sample["style"]
+            assert torch.equal(batch.codes[row][:, left_out], codes) and 75 <= codes.shape[1] <= 200
+            assert left_out.nonzero().diff(dim=0).eq(1).all() and 1 <= books <= 6
+        else:
+            assert not left_out.any()
+        if "melody" in sample:
+            wav = load_audio(track["path"], 16_000)
+            whole = melody_of(wav[0], 16_000)
+            (start,) = [first for first in range(len(tokens.codes(track)))
+                        if np.array_equal(tokens.codes(track, first, 400).T, batch.codes[row, :, batch.valid[row]])
+                        ][:1]  # fmt: skip
+            middles = (start / 50 + (np.arange(64) + 0.5) / 8) * 8
+            expected = [int(whole[int(at)]) if at * 50 / 8 < track["frames"] else 12 for at in middles]
+            assert np.mean(sample["melody"] == np.array(expected)) > 0.95
+    assert torch.equal(batch.everywhere, batch.scored)
+
+
+def test_a_melody_may_come_from_a_stem(tmp_path):
+    low, high = (0.3 * np.sin(2 * np.pi * hertz * np.arange(64_000) / 16_000) for hertz in (220, 329.63))
+    for name, wav in (("mix", low), ("stem", high[:32_000]), ("other", low)):
+        soundfile.write(tmp_path / f"{name}.wav", wav, 16_000)
+    lines = [dict(path="mix.wav", caption="x", melody_from="stem.wav"), dict(path="other.wav", caption="y")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data.prepare(tmp_path / "m.jsonl", tmp_path / "out", workers=1)
+    found = {}
+    for tokens in (Tokens(tmp_path / "out", "train"), Tokens(tmp_path / "out", "valid")):
+        found |= {Path(track["name"]).stem: tokens.melody(track, 0, 200) for track in tokens.tracks}
+        assert "melody_from" not in tokens.tracks[0]["metadata"]
+    assert set(found["mix"][:15]) == {4} and set(found["mix"][17:]) == {12} and set(found["other"]) == {9}
+    (tmp_path / "m.jsonl").write_text(json.dumps({**lines[0], "melody_from": "gone.wav"}))
+    with pytest.raises(UserError, match="line 1: melody_from .*gone.wav: no such file"):
+        data.prepare(tmp_path / "m.jsonl", tmp_path / "more")
+
+
 def test_validation_covers_every_held_out_frame_once(dataset):
     tokens = Tokens(dataset, "valid")
-    batches = list(tokens.batches(T=100, batch_size=3))
+    batches = list(tokens.batches(100, 3, settings(valid_items=0)))
     assert sum(int(batch.valid.sum()) for batch in batches) == sum(track["frames"] for track in tokens.tracks)
-    assert sum(len(batch.codes) for batch in tokens.batches(T=100, batch_size=3, most=4)) == 4
+    assert sum(len(batch.codes) for batch in tokens.batches(100, 3, settings(valid_items=4))) == 4
 
 
 def test_unigram_ce_is_the_entropy_of_the_histogram(dataset):
@@ -125,7 +168,14 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(corpus, dataset, tmp_
         file.write('{"frames": 40')  # a line that the kill cut off
     output = finish(start("data.py", *args))
     assert f"{done}/16" in output or f"{round(100 * done / 16)}%" in output
-    for name in ("train_000.npy", "train_000.jsonl", "valid_000.npy", "valid_000.jsonl", "tokenizer.model"):
+    for name in (
+        "train_000.npy",
+        "train_000.jsonl",
+        "train_000_melody.npy",
+        "valid_000.npy",
+        "valid_000.jsonl",
+        "tokenizer.model",
+    ):
         assert (tmp_path / "out" / name).read_bytes() == (dataset / name).read_bytes(), name
     assert "is prepared already" in finish(start("data.py", *args))
 
@@ -138,8 +188,8 @@ def test_check_finds_what_is_wrong(own_dataset, capsys):
     assert data.check(own_dataset) == 1
     assert "token 512 at frame" in capsys.readouterr().out
     meta = json.loads((own_dataset / "meta.json").read_text())
-    for suffix in ("npy", "jsonl"):  # the training side stands on both sides
-        shutil.copy(own_dataset / f"train_000.{suffix}", own_dataset / f"valid_000.{suffix}")
+    for suffix in (".npy", "_melody.npy", ".jsonl"):  # the training side stands on both sides
+        shutil.copy(own_dataset / f"train_000{suffix}", own_dataset / f"valid_000{suffix}")
     (own_dataset / "meta.json").write_text(json.dumps({**meta, "valid": meta["train"]}))
     assert data.check(own_dataset) == 2 + meta["train"]["tracks"]
     assert "is the same music as" in capsys.readouterr().out

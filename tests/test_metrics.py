@@ -15,7 +15,7 @@ from codec import load_codec
 from conditioning import chromagram
 from model import load_model
 
-SHARES = ["chance", "real", "cfg 3", "cfg 1", "no text"]
+SHARES = ["chance", "real", "cfg 3", "cfg 1", "nothing"]
 
 
 @pytest.fixture(scope="module")
@@ -200,15 +200,17 @@ def test_onsets_show_the_beat():
 
 def test_evaluate(dataset, evaluate, capsys):
     result = evaluate(dataset)
-    assert list(result) == "clips fad fad_real chroma chroma_chance rtf adherence".split() and result["clips"] == 3
-    numbers = [value for key, value in result.items() if key != "adherence"]
+    assert (
+        list(result) == "clips fad fad_real chroma chroma_chance rtf adherence melody".split() and result["clips"] == 3
+    )
+    numbers = [value for key, value in result.items() if key not in ("adherence", "melody")]
     numbers += [share for row in result["adherence"].values() for share in row.values()]
     assert all(math.isfinite(value) and value >= 0 for value in numbers) and result["rtf"] > 0
     assert {"instrument", "drums"} <= set(result["adherence"]) and list(result["adherence"]["drums"]) == SHARES
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     metrics.print_table(result)
     printed = capsys.readouterr().out
-    for part in (f"{result['fad_real']:.2f}", f"{result['chroma_chance']:.2f}", "instrument", "% of real"):
+    for part in (f"{result['fad_real']:.2f}", f"{result['chroma_chance']:.2f}", "instrument", "of real"):
         assert part in printed
 
 
@@ -254,6 +256,13 @@ def test_music_itself_and_noise(dataset, evaluate):
     assert awful["chroma"] == pytest.approx(awful["chroma_chance"], abs=0.05)
 
 
+def test_clips_that_follow_their_melody_are_told_from_others(dataset, evaluate):
+    melody = evaluate(dataset, model=Replay(data.Tokens(dataset, "valid")), melody=True)["melody"]
+    assert list(melody) == ["real", "cfg 3", "cfg 1", "melody alone", "text alone", "nothing"]
+    assert melody["cfg 3"] == melody["real"] and melody["real"]["own"] > melody["real"]["shuffled"] + 0.2
+    assert evaluate(dataset, model=Noise())["melody"] == {}
+
+
 @pytest.mark.parametrize("lacking", ["attributes", "captions", "both"])
 def test_without_attributes_or_captions(lacking, own_dataset, evaluate, capsys):
     def strip(train, valid):
@@ -269,7 +278,9 @@ def test_without_attributes_or_captions(lacking, own_dataset, evaluate, capsys):
 
 def test_a_single_clip_and_more_clips_than_there_are(dataset, evaluate):
     one = evaluate(dataset, evaluate_clips=1)
-    assert one["clips"] == 1 and all(math.isfinite(value) for key, value in one.items() if key != "adherence")
+    assert one["clips"] == 1 and all(
+        math.isfinite(value) for key, value in one.items() if key not in ("adherence", "melody")
+    )
     few = len(data.Tokens(dataset, "valid").tracks)
     assert evaluate(dataset, evaluate_clips=few + 5)["clips"] == few
 

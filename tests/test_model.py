@@ -5,11 +5,13 @@ import pytest
 import sentencepiece
 import torch
 
-from config import Settings
+from config import Settings, UserError
 from model import MusicLM, choose_codes
 
-CODEC = dict(K=4, card=64, frame_rate=50)
-PIANO, ORGAN = {"text": "a slow piano melody"}, {"text": "fast organ chords with drums and a long coda"}
+CODEC = dict(K=4, card=64, frame_rate=50, dim=8)
+EXCERPTS = torch.randint(64, (2, 4, 10), generator=torch.Generator().manual_seed(0))
+PIANO = {"text": "a slow piano melody", "melody": [0, 4, 12], "style": (EXCERPTS[0], 2)}
+ORGAN = {"text": "fast organ chords with drums and a long coda", "melody": [11, 11, 2, 5, 5], "style": (EXCERPTS[1], 3)}
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +27,29 @@ def tokenizer():
 def make_model(tokenizer, lively=True, codec=CODEC, **settings):
     """A small model; `lively` gives it weights large enough that every path shows in the logits."""
     torch.manual_seed(0)
-    sizes = dict(dim=32, heads=2, layers=2, text_dim=32, text_heads=2, text_layers=1, segment=0.4)
-    model = MusicLM(Settings(**{**sizes, **settings}), codec, tokenizer).eval()
+    sizes = dict(
+        dim=32,
+        heads=2,
+        layers=2,
+        text_dim=32,
+        text_heads=2,
+        text_layers=1,
+        segment=0.4,
+        melody=True,
+        style=True,
+        style_dim=16,
+        style_heads=2,
+        style_layers=1,
+        style_bins=8,
+        style_seconds=(0.1, 0.2),
+    )
+    model = MusicLM(Settings(**{**sizes, **settings}), codec, tokenizer)
+    style = model.conditioner.prepended["style"]
+    style.tables.normal_()
+    for _ in range(20):
+        style(*style.prepare([(codes, None) for codes in EXCERPTS % codec["card"]], "cpu"))
+        style.update(lambda tensor: tensor, lambda value: [value])
+    model.eval()
     if lively:
         with torch.no_grad():
             for p in model.parameters():
@@ -38,17 +61,19 @@ def batch(model, B=3, T=12):
     codes = torch.randint(0, model.card, (B, model.K, T))
     valid = torch.ones(B, T, dtype=torch.bool)
     valid[1:2, 7:] = False
-    return codes, valid, model.conditioner.prepare([PIANO, {}, ORGAN][:B], "cpu")
+    scored = valid.clone()
+    scored[:1, 3:5] = False
+    return codes, valid, scored, model.conditioner.prepare([PIANO, {}, ORGAN][:B], "cpu")
 
 
 @pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
 def test_loss_in_pattern_order_equals_loss_on_aligned_logits(tokenizer, pattern):
     model = make_model(tokenizer, pattern=pattern)
-    codes, valid, inputs = batch(model)
-    ce_sum, count = model(codes, valid, inputs)
+    codes, valid, scored, inputs = batch(model)
+    ce_sum, count = model(codes, valid, scored, inputs)
     shown = codes.masked_fill(~valid[:, None], model.special)  # padding is no code
     nll = -model.aligned_logits(shown, inputs).log_softmax(-1).gather(-1, codes[..., None])[..., 0]
-    mask = valid[:, None] & model.pattern(12, training=True).frame_mask
+    mask = scored[:, None] & model.pattern(12, training=True).frame_mask
     assert count.tolist() == mask.sum((0, 2)).tolist()
     torch.testing.assert_close(ce_sum, nll.masked_fill(~mask, 0).sum((0, 2)))
 
@@ -74,17 +99,16 @@ def test_padding_and_neighbours_never_change_a_sample(tokenizer):
 
 def test_padded_frames_leave_the_loss(tokenizer):
     model = make_model(tokenizer)
-    codes, valid, inputs = batch(model)
+    codes, *rest = batch(model)
     changed = codes.clone()
     changed[1, :, 7:] = 5
-    torch.testing.assert_close(model(codes, valid, inputs), model(changed, valid, inputs))
+    torch.testing.assert_close(model(codes, *rest), model(changed, *rest))
 
 
 def test_a_codebook_without_valid_positions_counts_none(tokenizer):
     model = make_model(tokenizer)
-    ce_sum, count = model(
-        torch.zeros(1, 4, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool), batch(model, 1)[2]
-    )
+    both = torch.ones(1, 2, dtype=torch.bool)
+    ce_sum, count = model(torch.zeros(1, 4, 2, dtype=torch.int64), both, both, batch(model, 1)[3])
     assert count.tolist() == [2, 1, 0, 0] and ce_sum[2:].tolist() == [0, 0]
 
 
@@ -98,33 +122,60 @@ def test_every_parameter_gets_gradient(tokenizer):
 
 def test_the_null_starts_at_zero_and_so_does_its_cross_attention(tokenizer):
     model = make_model(tokenizer, lively=False)
-    states, mask = model.conditioner(model.conditioner.prepare([{}, {"text": ""}, PIANO], "cpu"))
+    states, mask, prefix = model.conditioner(model.conditioner.prepare([{}, {"text": ""}, PIANO], "cpu"))
+    assert prefix[:2].abs().max() == 0 and prefix[2].abs().max() > 0
     assert mask.sum(1).tolist()[:2] == [1, 1] and mask[2].sum() > 1
     assert states[:2].abs().max() == 0 and states[2].abs().max() > 0
     assert model.blocks[0].cross_kv(states)[0].abs().max() == 0
 
 
-def test_text_changes_the_logits(tokenizer):
+@pytest.mark.parametrize("name", ["text", "melody", "style"])
+def test_each_condition_changes_the_logits(tokenizer, name):
     model = make_model(tokenizer)
-    codes = torch.randint(0, 64, (1, 4, 12)).expand(2, -1, -1)
-    logits = model.aligned_logits(codes, model.conditioner.prepare([PIANO, ORGAN], "cpu")).nan_to_num()
-    assert (logits[0] - logits[1]).abs().max() > 0.01
+    codes = torch.randint(0, 64, (1, 4, 12)).expand(3, -1, -1)
+    conditions = [{name: PIANO[name]}, {name: ORGAN[name]}, {}]
+    logits = model.aligned_logits(codes, model.conditioner.prepare(conditions, "cpu")).nan_to_num()
+    for a, b in ((0, 1), (0, 2)):
+        assert (logits[a] - logits[b]).abs().max() > 0.01
+
+
+def test_a_condition_that_the_model_was_not_trained_with_is_refused(tokenizer):
+    model = MusicLM(Settings(dim=32, heads=2, layers=1, melody=True), CODEC, tokenizer)
+    with pytest.raises(UserError, match="not trained with 'style'; it takes text, melody"):
+        model.generate([PIANO], 3)
+
+
+def test_a_melody_goes_on_where_the_window_does(tokenizer):
+    """Past the trained length of 20 frames, the second window hears what its own frames are to follow."""
+    model = make_model(tokenizer)
+    notes = torch.arange(8) % 12
+    heard = []
+    prepare = model.conditioner.prepare
+    model.conditioner.prepare = lambda conditions, device: (
+        heard.append(conditions[0]["melody"]) or prepare(conditions, device)
+    )
+    model.generate([{"melody": notes}], 45, cfg=1.0)
+    assert [row.tolist() for row in heard] == [notes[round(first * 8 / 50) :].tolist() for first in (0, 10, 20, 30)]
 
 
 @pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
 @pytest.mark.parametrize("prompted", [False, True])
 def test_cached_generation_equals_uncached(tokenizer, pattern, prompted):
-    """Greedy generation with the cache, against the likeliest code of a full forward pass at every step."""
+    """Greedy generation with the cache, against the likeliest code of a full forward pass at every step.
+
+    Guided twice over, by style and text: u + cfg (s + beta (c - s) - u).
+    """
     model = make_model(tokenizer, pattern=pattern)
     prompt = torch.randint(0, 64, (1, 4, 5)) if prompted else None
-    codes = model.generate([ORGAN], 14, prompt, cfg=2.5, temperature=0)
+    codes = model.generate([ORGAN], 14, prompt, cfg=2.5, cfg_beta=1.7, temperature=0)
     whole = model.pattern(14)
     sequence = whole.build(codes, model.special)
     logits = []
-    for condition in (ORGAN, {}):
-        states, mask = model.conditioner(model.conditioner.prepare([condition], "cpu"))
-        logits.append(model.logits(model.hidden(sequence, states, mask)).transpose(1, 2))
-    guided = whole.align_logits(logits[1] + 2.5 * (logits[0] - logits[1]))
+    for condition in (ORGAN, {**ORGAN, "text": None}, {}):
+        fused = model.conditioner(model.conditioner.prepare([condition], "cpu"))
+        logits.append(model.logits(model.hidden(sequence, *fused)).transpose(1, 2))
+    c, s, u = logits
+    guided = whole.align_logits(u + 2.5 * (s + 1.7 * (c - s) - u))
     first = 5 if prompted else 0
     assert torch.equal(guided.argmax(-1)[:, :, first:], codes[:, :, first:])
 
@@ -160,6 +211,10 @@ def test_without_conditions_or_with_cfg_1_the_batch_is_not_doubled(tokenizer, mo
     assert set(rows) == {2}
     model.generate([PIANO, ORGAN], 3, cfg=3.0)
     assert rows[-1] == 4
+    model.generate([PIANO, ORGAN], 3, cfg=3.0, cfg_beta=2.0)
+    assert rows[-1] == 6
+    model.generate([{"text": "organ"}, {"style": (EXCERPTS[0], 1)}], 3, cfg=3.0, cfg_beta=2.0)
+    assert rows[-1] == 4
 
 
 def test_choice_follows_the_distribution_within_top_k_and_top_p():
@@ -184,9 +239,10 @@ def test_choice_follows_the_distribution_within_top_k_and_top_p():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_agrees_with_cpu(tokenizer):
     model = make_model(tokenizer)
-    codes, valid, inputs = batch(model)
-    on_cpu = model(codes, valid, inputs)[0]
+    *tensors, inputs = batch(model)
+    on_cpu = model(*tensors, inputs)[0]
     model.cuda()
-    on_gpu = model(codes.cuda(), valid.cuda(), {key: tuple(t.cuda() for t in ts) for key, ts in inputs.items()})[0]
+    inputs = {key: tuple(tensor.cuda() for tensor in of) for key, of in inputs.items()}
+    on_gpu = model(*(tensor.cuda() for tensor in tensors), inputs)[0]
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
     assert model.generate([PIANO], 15).shape == (1, 4, 15)

@@ -69,8 +69,8 @@ def run(tmp_path):
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 77, "ce": 0.0')
     lines = []
     for step, ce in ((3, 4.321), (6, 4.567)):
-        adherence = {"tempo <i>": {"chance": 0.2, "real": 1.0, "cfg 3": 0.6, "cfg 1": 0.5, "no text": 0.2},
-                     "drums": {"chance": 0.4, "real": 0.9, "cfg 3": 0.81, "cfg 1": 0.5, "no text": 0.2}}  # fmt: skip
+        adherence = {"tempo <i>": {"chance": 0.2, "real": 1.0, "cfg 3": 0.6, "cfg 1": 0.5, "nothing": 0.2},
+                     "drums": {"chance": 0.4, "real": 0.9, "cfg 3": 0.81, "cfg 1": 0.5, "nothing": 0.2}}  # fmt: skip
         lines += [
             dict(step=step, epoch=step // 3, stage="valid", ce=ce, ppl=70.0, ce_q=[3.0, 4.0, 5.0],
                  unigram_q=[5.0, 6.0, 7.0], gain=0.0371),
