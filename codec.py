@@ -2,7 +2,7 @@
 
     codec = load_codec("tiny")                      # ships with the repository, no network
     codes = codec.encode(wav)                       # [B, channels, samples] -> int64 [B, K, T]
-    wav = codec.decode(codes)                       # [B, K, T] -> [B, channels, T * hop]
+    wav = codec.decode(codes)                       # [B, K, T] -> [B, channels, T * hop]; decode_stream: bit by bit
 
     name            rate     frames/s  K                card   weights
     tiny            16 kHz   50        4                512    tiny/codec.pt, made by train_codec.py
@@ -43,6 +43,7 @@ from config import UserError  # noqa: E402
 TINY_WEIGHTS = Path(__file__).parent / "tiny" / "codec.pt"
 CODEC_FORMAT = 1
 SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
+FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}  # that are written, libsndfile's names
 
 
 def load_audio(path, sample_rate, channels=1):
@@ -62,20 +63,37 @@ def load_audio(path, sample_rate, channels=1):
     return torch.from_numpy(np.ascontiguousarray(soxr.resample(wav, rate, sample_rate).T, dtype=np.float32))
 
 
-def write_wav(folder, caption, seed, wav, sample_rate, suffix=""):
-    """wav [channels, samples] -> folder/CAPTION_SEED.wav, any `suffix` before the dot; returns the path.
+def write_audio(path, wav, sample_rate):
+    """wav [channels, samples] -> a file of the format that its suffix names, one of FORMATS, whole or not at all.
 
-    Raises UserError if the file cannot be written.
+    Raises UserError if it cannot be written.
     """
-    slug = re.sub(r"\W+", "_", caption.lower())[:60].strip("_") or "no_caption"
-    path = Path(folder, f"{slug}_{seed}{suffix}.wav")
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    samples = wav.clamp(-1, 1).T.cpu().numpy()
     try:
-        soundfile.write(path, wav.clamp(-1, 1).T.cpu().numpy(), sample_rate)
+        with soundfile.SoundFile(temporary, "w", sample_rate, samples.shape[1], format=FORMATS[path.suffix]) as file:
+            for start in range(0, len(samples), sample_rate):  # libsndfile's Vorbis overflows its stack on long writes
+                file.write(samples[start : start + sample_rate])
+        temporary.replace(path)
     except (soundfile.LibsndfileError, OSError) as error:
         raise UserError(
             f"{path}: cannot be written ({first_line(error)}); make room, or choose another folder"
         ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
+
+
+def file_name(caption, seed):
+    """A name, without suffix, for the clip of this caption and seed: letters and digits of any script."""
+    slug = re.sub(r"\W+", "_", caption.lower())[:60].encode(errors="ignore")[:200].decode(errors="ignore")
+    return f"{slug.strip('_') or 'no_caption'}_{seed}"
+
+
+def write_wav(folder, caption, seed, wav, sample_rate, suffix=""):
+    """wav [channels, samples] -> folder/CAPTION_SEED.wav, any `suffix` before the dot; returns the path."""
+    return write_audio(Path(folder, f"{file_name(caption, seed)}{suffix}.wav"), wav, sample_rate)
 
 
 def first_line(error):
@@ -158,6 +176,7 @@ class TinyCodec(nn.Module):
         # A batch holds about 1.5 frames per code, so encodec's default threshold of 2 would expire codes in use.
         self.quantizer = ResidualVectorQuantizer(latent, n_q=K, bins=card, kmeans_iters=10, threshold_ema_dead_code=0.1)
         self.decoder = TinyDecoder(n_fft, hop, dim, hidden, decoder_layers, latent)
+        self.reach = 3 * (1 + decoder_layers) + math.ceil((n_fft - hop) / (2 * hop))  # frames heard on either side
 
 
 class Codec:
@@ -165,10 +184,11 @@ class Codec:
 
     Attributes: name, sample_rate (Hz), frame_rate (frames/s), hop (samples per frame), channels, K, card, dim (width
     of the latents), and id, which goes into shards and checkpoints so that codes never meet a model of another codec.
+    behind and ahead: the frames before and after one that its samples depend on, as far as `decode_stream` looks.
     """
 
-    def __init__(self, name, model, K):
-        self.name, self.K = name, K
+    def __init__(self, name, model, K, behind, ahead):
+        self.name, self.K, self.behind, self.ahead = name, K, behind, ahead
         self.model = model.float().eval().requires_grad_(False)
         self.sample_rate, self.channels, self.frame_rate = model.sample_rate, model.channels, model.frame_rate
         self.card, self.dim = model.quantizer.bins, model.quantizer.dimension
@@ -227,6 +247,23 @@ def encode_long(codec, wav, piece=30.0, context=1.0):
     return torch.cat(codes, dim=1)
 
 
+def decode_stream(codec, parts, first=10, most=100):
+    """Codes [B, K, n], a few frames at a time -> wavs [B, channels, n * hop] which together are `decode` of all codes.
+
+    They come as soon as `codec.ahead` frames more are known: `first` frames, then twice as many each time up to `most`.
+    Every piece is decoded with the frames around it that it depends on, so that no seam is heard.
+    """
+    codes, behind, n = None, 0, first  # codes: what is still needed, `behind` frames of it decoded already
+    for part in parts:
+        codes = part if codes is None else torch.cat([codes, part], dim=2)
+        while codes.shape[2] >= behind + n + codec.ahead:
+            wav = codec.decode(codes[:, :, : behind + n + codec.ahead])
+            yield wav[:, :, behind * codec.hop : (behind + n) * codec.hop]
+            kept = min(behind + n, codec.behind)
+            codes, behind, n = codes[:, :, behind + n - kept :], kept, min(2 * n, most)
+    yield codec.decode(codes)[:, :, behind * codec.hop :]
+
+
 def load_codec(name, weights=""):
     """The codec called `name`: 'tiny', or 'encodec_24khz' with an optional bandwidth in kbps, 'encodec_24khz:3'.
 
@@ -235,12 +272,14 @@ def load_codec(name, weights=""):
     """
     base, _, bandwidth = name.partition(":")
     if base == "tiny" and not bandwidth:
-        return Codec("tiny", load_tiny(weights or TINY_WEIGHTS), K=4)
+        model = load_tiny(weights or TINY_WEIGHTS)
+        return Codec("tiny", model, K=4, behind=model.reach, ahead=model.reach)
     if base == "encodec_24khz":
         choices = {"1.5": 2, "3": 4, "6": 8, "12": 16}
         if (bandwidth or "6") not in choices:
             raise UserError(f"codec '{name}': bandwidth must be one of {', '.join(choices)} kbps")
-        return Codec("encodec_24khz", load_encodec_24khz(weights), K=choices[bandwidth or "6"])
+        # It is causal, but for the reflection at the start. Its LSTM hears all that was; two seconds are taken for all.
+        return Codec("encodec_24khz", load_encodec_24khz(weights), choices[bandwidth or "6"], behind=150, ahead=7)
     raise UserError(f"unknown codec '{name}': choose 'tiny' or 'encodec_24khz[:1.5|3|6|12]'")
 
 

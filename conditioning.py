@@ -357,7 +357,9 @@ class Conditioner(nn.Module):
         """Where the prepended rows stand, float [P], in steps of the sequence. They share its positions, not shift it:
         a row of the melody is found where its own frame is (NOTES.md), and null rows leave the sequence as it was.
         """
-        places = [torch.arange(embedder.rows, device=device) * embedder.stride for embedder in self.prepended.values()]
+        places = [
+            (torch.arange(embedder.rows, device=device) + 0.5) * embedder.stride for embedder in self.prepended.values()
+        ]
         return torch.cat([torch.zeros(0, device=device), *places])
 
     def forward(self, inputs):

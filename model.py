@@ -2,6 +2,7 @@
 
     forward    codes, conditions -> summed cross-entropy per codebook, in pattern order
     generate   conditions, maybe a prompt -> codes, with a KV cache and classifier-free guidance
+    stream     the same, each frame as soon as it is final
 
 Letters: B batch, K codebooks, T frames, S sequence steps, D model width, H heads, L condition length, P rows of
 conditions that are prepended to the sequence.
@@ -250,44 +251,61 @@ class MusicLM(nn.Module):
         hidden = self.hidden(pattern.build(codes, self.special), *self.conditioner(inputs))
         return pattern.align_logits(self.logits(hidden).transpose(1, 2))
 
-    @torch.no_grad()
-    def generate(self, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temperature=1.0, top_k=250, top_p=0.0,
-                 seeds=None, progress=None):  # fmt: skip
-        """B dicts of conditions -> codes int64 [B, K, frames].
+    def generate(self, conditions, frames, prompt=None, progress=None, **choice):
+        """All that `stream` yields, in one: B dicts of conditions -> codes int64 [B, K, frames].
 
-        prompt   codes [B, K, T] to go on from; they come first in the result, unchanged
+        progress is called with the number of frames that are done.
+        """
+        parts, done = [], 0
+        for part in self.stream(conditions, frames, prompt, **choice):
+            parts.append(part)
+            done += part.shape[-1]
+            if progress:
+                progress(done)
+        return torch.cat(parts, dim=2)
+
+    @torch.no_grad()
+    def stream(self, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temperature=1.0, top_k=250, top_p=0.0,
+               seeds=None, stride=None):  # fmt: skip
+        """B dicts of conditions -> codes int64 [B, K, n] as they become final: the prompt, then frame by frame.
+
+        frames   how many there are in all
+        prompt   codes [B, K, T] to go on from, or [1, K, T] for all; they come first, unchanged
         cfg      guidance: null + cfg * (conditioned - null); 1 costs half as much
         cfg_beta null + cfg * (no_text + cfg_beta * (conditioned - no_text) - null) for samples with text and style
                  (arXiv:2407.12563, section 3.3); but for 1, costs half as much again
         choice   temperature 0 takes the likeliest; else top_p if set, else top_k if set, else the whole distribution
         seeds    B integers; a sample depends on its own seed and condition alone, not on its neighbours
-        progress called with the number of frames done
-
-        Past the trained length, windows of that length go on from the second half of what is there.
+        stride   past the trained length, windows of that length each add so many frames; by default half of it
         """
         B, device = len(conditions), self.embed.weight.device
         rngs = [torch.Generator().manual_seed(seed) for seed in (seeds or range(B))]
         window = self.trained_frames
-        codes = torch.zeros(B, self.K, 0, dtype=torch.int64) if prompt is None else prompt
-        codes = codes.to(device)
+        kept = window - (stride or window // 2)
+        prompt = torch.zeros(B, self.K, 0, dtype=torch.int64) if prompt is None else prompt
+        codes = prompt[:, :, :frames].expand(B, -1, -1).to(device)
         groups, weights = guidance(conditions, cfg, cfg_beta)
         weights = weights.to(device)
         choose = dict(temperature=temperature, top_k=min(top_k, self.card), top_p=top_p)
+        if codes.shape[-1]:
+            yield codes
         while (have := codes.shape[-1]) < frames:
-            context = codes if have < window else codes[:, :, -(window - window // 2) :]
+            context = codes if have < window else codes[:, :, -kept:]
             first = have - context.shape[-1]
-            length = min(window, frames - first)
             rows = [from_second(first / self.frame_rate, sample) for group in groups for sample in group]
             fused = self.conditioner(self.conditioner.prepare(rows, device))
-            report = (lambda done, first=first: progress(first + done)) if progress else None
-            longer = self.continue_codes(context, length, fused, weights, choose, rngs, report)
-            codes = torch.cat([codes, longer[:, :, context.shape[-1] :]], dim=2)
-        return codes[:, :, :frames]
+            length = min(window, frames - first)
+            longer = yield from self.continue_codes(context, length, fused, weights, choose, rngs)
+            codes = torch.cat([codes, longer], dim=2)
 
-    def continue_codes(self, context, length, fused, weights, choose, rngs, progress=None):
-        """context [B, K, T] -> [B, K, length]; fused: the conditioner's output for G B rows, weights [G, B]."""
+    def continue_codes(self, context, length, fused, weights, choose, rngs):
+        """context [B, K, T] -> codes [B, K, length - T], each frame yielded too, [B, K, 1], once all its K are there.
+
+        fused: the conditioner's output for G B rows; weights [G, B]: how their logits add up.
+        """
         B, K, T = context.shape
         pattern = self.pattern(length)
+        frame_at = {step: t for t, step in enumerate(pattern.step.amax(0).tolist())}  # the step that completes it
         unknown = -1
         sequence = pattern.build(F.pad(context, (0, length - T), value=unknown), self.special)
         first = int((sequence == unknown).any(1).any(0).nonzero()[0])
@@ -302,9 +320,9 @@ class MusicLM(nn.Module):
             chosen = choose_codes(logits, uniform[step - first], **choose)
             sequence[:, :, step] = torch.where(slot == unknown, chosen, slot)
             done = step
-            if progress:
-                progress(max(T, step * length // (pattern.S - 1)))
-        return pattern.revert(sequence, self.special)
+            if (t := frame_at.get(step, -1)) >= T:
+                yield sequence.gather(2, pattern.step[:, t : t + 1].expand(B, -1, -1))
+        return pattern.revert(sequence, self.special)[:, :, T:]
 
 
 def guidance(conditions, cfg, beta):

@@ -285,7 +285,7 @@ def test_sampling_by_the_command_line(toy_run, tmp_path):
         start("sample.py", best, "slow bells", "", "--duration", "1.5", "--out", tmp_path, "--top_k", "9999")
     )
     assert "taken as 512" in output and "past the 1 s of training" in output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["no_caption_1.wav", "slow_bells_0.wav"]
+    assert sorted(path.name for path in tmp_path.glob("*.wav")) == ["no_caption_1.wav", "slow_bells_0.wav"]
     assert soundfile.info(tmp_path / "slow_bells_0.wav").duration == pytest.approx(1.5)
 
 

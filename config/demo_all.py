@@ -1,0 +1,9 @@
+"""The demo with text, melody and style, any of which may be given or left out."""
+
+from config.demo_style import *  # noqa: F403
+
+out = "out/demo_all"
+melody = True
+text_dropout = 0.5
+melody_dropout = 0.5
+style_dropout = 0.5
