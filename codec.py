@@ -70,9 +70,9 @@ def write_audio(path, wav, sample_rate):
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    samples = wav.clamp(-1, 1).T.cpu().numpy()
+    samples, kind = wav.clamp(-1, 1).T.cpu().numpy(), FORMATS[path.suffix.lower()]
     try:
-        with soundfile.SoundFile(temporary, "w", sample_rate, samples.shape[1], format=FORMATS[path.suffix]) as file:
+        with soundfile.SoundFile(temporary, "w", sample_rate, samples.shape[1], format=kind) as file:
             for start in range(0, len(samples), sample_rate):  # libsndfile's Vorbis overflows its stack on long writes
                 file.write(samples[start : start + sample_rate])
         temporary.replace(path)
@@ -247,20 +247,21 @@ def encode_long(codec, wav, piece=30.0, context=1.0):
     return torch.cat(codes, dim=1)
 
 
-def decode_stream(codec, parts, first=10, most=100):
-    """Codes [B, K, n], a few frames at a time -> wavs [B, channels, n * hop] which together are `decode` of all codes.
+def decode_stream(codec, parts, n=25):
+    """Codes [B, K, any], bit by bit -> wav [B, channels, n * hop], bit by bit; together they are `decode` of all codes.
 
-    They come as soon as `codec.ahead` frames more are known: `first` frames, then twice as many each time up to `most`.
-    Every piece is decoded with the frames around it that it depends on, so that no seam is heard.
+    Each is decoded with the frames around it that it depends on, so that no seam is heard: it comes once `codec.ahead`
+    frames more than its own are known. The last one has what is left. Pieces that grew would let a player run dry where
+    music is made hardly faster than it plays.
     """
-    codes, behind, n = None, 0, first  # codes: what is still needed, `behind` frames of it decoded already
+    codes, behind = None, 0  # what is still needed, of which `behind` frames are decoded already
     for part in parts:
         codes = part if codes is None else torch.cat([codes, part], dim=2)
         while codes.shape[2] >= behind + n + codec.ahead:
             wav = codec.decode(codes[:, :, : behind + n + codec.ahead])
             yield wav[:, :, behind * codec.hop : (behind + n) * codec.hop]
             kept = min(behind + n, codec.behind)
-            codes, behind, n = codes[:, :, behind + n - kept :], kept, min(2 * n, most)
+            codes, behind = codes[:, :, behind + n - kept :], kept
     yield codec.decode(codes)[:, :, behind * codec.hop :]
 
 

@@ -14,7 +14,7 @@ python sample.py out/demo/best.pt "fast bells" --duration 60 --stream | ffplay -
 Beside each file stands a .json of all that it takes to make it again. The first take has the seed --seed, the next one
 the next: a take is the same alone or among others, up to rounding.
 
-Letters: B takes in a batch, K codebooks, T frames.
+Letters: K codebooks, n frames.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def captions_of(args):
             raise UserError(f"--file {args.file}: is not UTF-8 text; save it as that") from None
         except OSError as error:
             raise UserError(f"--file {args.file}: cannot be read ({error.strerror})") from None
-        captions += [line for line in lines if line.strip()]
+        captions += [line.strip() for line in lines if line.strip()]
         if not captions:
             raise UserError(f"--file {args.file}: holds no caption; write one on each line")
     return captions or ([] if args.interactive else [""])
@@ -236,11 +236,8 @@ def tell_what_is_heard(captions, embedder, shared):
             print(f"'{caption[:40]}...': of its {tokens} tokens the model hears the first {embedder.max_tokens}")
 
 
-def generated(model, codec, takes, shared, wanted, batch_size):
-    """Takes [(caption, seed)] and conditions that they share -> (caption, seed, wav [channels, samples]) of each.
-
-    Each comes as soon as its batch is done.
-    """
+def generated(model, codec, takes, wanted, batch_size):
+    """Takes [(conditions, seed)] -> (conditions, seed, wav [channels, samples]), each as soon as its batch is done."""
     have = 0 if wanted["prompt"] is None else wanted["prompt"].shape[2]
     new, started = wanted["frames"] - have, time.time()
     with tqdm(total=len(takes) * new, desc="generating", unit="frame", file=sys.stdout, mininterval=0.5) as bar:
@@ -252,10 +249,10 @@ def generated(model, codec, takes, shared, wanted, batch_size):
                 speed = bar.n / codec.frame_rate / (time.time() - started)
                 bar.set_postfix_str(f"{speed:.1f} x real time", refresh=False)
 
-            conditions = [{"text": caption, **shared} for caption, _ in batch]
-            codes = model.generate(conditions, seeds=[seed for _, seed in batch], progress=progress, **wanted)
-            for (caption, seed), take in zip(batch, codes):
-                yield caption, seed, codec.decode(take[None])[0].cpu()
+            conditions, seeds = map(list, zip(*batch))
+            codes = model.generate(conditions, seeds=seeds, progress=progress, **wanted)
+            for take, clip in zip(batch, codes):
+                yield *take, codec.decode(clip[None])[0].cpu()
 
 
 def play(codec, parts):
@@ -339,13 +336,13 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     for group in itertools.chain([captions] if captions else [], asked() if args.interactive else []):
         tell_what_is_heard(group, model.conditioner.text, shared)
-        again = [caption for caption in group for _ in range(args.n)]
-        takes = [(caption, args.seed + number + i) for i, caption in enumerate(again)]
-        for caption, seed, wav in generated(model, codec, takes, shared, wanted, args.batch):
-            path = folder / f"{file_name(caption, seed)}.{args.format}"
+        wished = [{"text": caption, **shared} for caption in group for _ in range(args.n)]
+        takes = list(zip(wished, itertools.count(args.seed + number)))
+        for conditions, seed, wav in generated(model, codec, takes, wanted, args.batch):
+            path = folder / f"{file_name(conditions['text'], seed)}.{args.format}"
             if folder != out:
                 path = out.with_stem(f"{out.stem}_{number}") if args.interactive or len(takes) > 1 else out
-            write_clip(path, wav, codec, caption, seed, common, args.spectrogram)
+            write_clip(path, wav, codec, conditions["text"], seed, common, args.spectrogram)
             number += 1
 
 
