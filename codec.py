@@ -11,6 +11,7 @@
 Letters: B batch, K codebooks, T frames, D latent width, F frequency bins.
 """
 
+import contextlib
 import hashlib
 import importlib.machinery
 import math
@@ -81,7 +82,8 @@ def write_audio(path, wav, sample_rate):
             f"{path}: cannot be written ({first_line(error)}); make room, or choose another folder"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return path
 
 

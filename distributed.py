@@ -78,6 +78,8 @@ def join(device, seconds):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     day = datetime.timedelta(days=1)  # ending a hang is the watchdog's task
     dist.init_process_group(backend, store=first_store(), rank=rank(), world_size=size(), timeout=day)
+    if seconds:
+        watchdog.name_the_dead()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device
@@ -180,9 +182,7 @@ def replicate(model, device):
     one that was never stopped, and on more than two ranks another grouping adds up in another order.
     """
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
-    )
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=True)
 
 
 def without_sync(model, apart):
@@ -256,6 +256,11 @@ class Watchdog:
         self.seconds, self.running, self.seen, self.named = seconds, True, {}, set()
         self.store = connect()
         threading.Thread(target=self.watch, daemon=True).start()
+
+    def name_the_dead(self):
+        """Has an exception that ends this rank followed by who it comes from. To be called when the group is there,
+        as torch's own hook, set then, keeps back what is printed by those before it.
+        """
         usual = sys.excepthook
 
         def explain(kind, error, trace):

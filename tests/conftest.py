@@ -21,7 +21,7 @@ torch.set_num_threads(1)  # toys gain nothing from a second, and the processes t
 TOY = (
     "--dim=32 --heads=2 --layers=2 --text_dim=32 --text_heads=2 --text_layers=1 --segment=1 --batch_size=4 --steps=6"
     " --epoch=3 --log_every=1 --warmup=2 --samples=1 --valid_items=4 --evaluate_clips=0 --micro_batch=0 --device=cpu"
-    " --dtype=float32"
+    " --dtype=float32 --style_dim=32 --style_heads=2 --style_layers=1 --style_bins=16 --style_seconds=0.2,0.4"
 ).split()
 
 

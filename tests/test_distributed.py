@@ -10,9 +10,10 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import TOY, finish, start
+from conftest import ROOT, TOY, finish, start
 from test_train import lines, same_run, untimed
 
 import distributed
@@ -51,13 +52,14 @@ WAYS = {
     "2 by ddp": (2, "--parallel=ddp", "--micro_batch=1"),
     "4 by ddp": (4, "--parallel=ddp"),
     "2 by fsdp": (2, "--parallel=fsdp", "--micro_batch=1", "--activation_checkpointing=True"),
-    "4 by fsdp": (4, "--parallel=fsdp", "--reshard_after_forward=False"),
+    "4 by fsdp": (4, "--parallel=fsdp", "--reshard_after_forward=False", "--evaluate_clips=0"),
 }
 
 
 def test_the_same_run_on_1_2_and_4_processes(uneven, tmp_path, command):
     common = [*TOY, f"--data={uneven}", "--steps=20", "--epoch=10", "--ema_every=2", "--valid_items=5",
-              "--cfg_dropout=0.3", "--merge_text_p=0.5", "--word_dropout=0.2", "--samples=3"]  # fmt: skip
+              "--cfg_dropout=0.3", "--merge_text_p=0.5", "--word_dropout=0.2", "--samples=3", "--generate_every=0",
+              "--evaluate_clips=3", "--melody=True", "--style=True", "--style_dropout=0.3"]  # fmt: skip
     runs = {way: start("train.py", *common, f"--out={tmp_path / way}", *more, ranks=ranks)
             for way, (ranks, *more) in WAYS.items() if ranks > 1}  # fmt: skip
     printed = {way: command(train, *common, f"--out={tmp_path / way}", *more)[1]
@@ -69,11 +71,18 @@ def test_the_same_run_on_1_2_and_4_processes(uneven, tmp_path, command):
         assert f"{count} on {WAYS[out.name][0]} x cpu" in printed[out.name]
         for log in ("metrics.jsonl", "history.jsonl"):
             a, b = lines(one / log), lines(out / log)
+            if "--evaluate_clips=0" in WAYS[out.name]:
+                a = [line for line in a if line.get("stage") != "evaluate"]
             assert len(a) == len(b)
             for ours, theirs in zip(a, b):
                 for key in {"ce", "grad_norm", "gain"} & ours.keys():
                     assert ours[key] == pytest.approx(theirs[key], abs=5e-6), (out.name, ours["step"], key)
+                for key in {"ce_q", "unigram_q"} & ours.keys():
+                    assert ours[key] == pytest.approx(theirs[key], abs=1e-5), (out.name, ours["step"], key)
                 assert ours.get("clips") == theirs.get("clips")
+                if ours.get("stage") == "evaluate":
+                    assert ours["fad"] == pytest.approx(theirs["fad"], rel=0.02)
+                    assert ours["adherence"] == theirs["adherence"]
         for name in ("last.pt", "best.pt"):
             a, b = (torch.load(folder / name, weights_only=True) for folder in (one, out))
             close(a["model"], b["model"], 1e-5)
@@ -153,13 +162,14 @@ def test_killed_at_random_moments_it_loses_nothing_but_time(dataset, tmp_path):
     assert sorted(path.name for path in out.glob("*.pt")) == ["best.pt", "last.pt", *kept]
 
 
-def start_pair(*args, second=()):
+def start_pair(*args, second=(), ranks=(0, 1), cwd=(ROOT, ROOT)):
     """Two ranks without torchrun, which would take half a minute to kill a stopped one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     launch = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
-    return [start("train.py", *args, *(second if rank else ()), RANK=str(rank), **launch) for rank in range(2)]
+    return [start(ROOT / "train.py", *args, *(second if rank else ()), cwd=cwd[rank], RANK=str(rank), **launch)
+            for rank in ranks]  # fmt: skip
 
 
 @pytest.mark.parametrize("number, said", [
@@ -175,6 +185,78 @@ def test_a_rank_that_hangs_or_dies_ends_the_run_by_name(dataset, tmp_path, numbe
     assert re.search(said, output), output
     pair[1].kill()
     pair[1].communicate()
+
+
+def test_a_rank_that_never_starts_ends_the_run_by_name_and_a_suspended_job_does_not(dataset, tmp_path):
+    args = [*TOY, f"--data={dataset}", "--steps=100000", "--epoch=100000"]
+    (alone,) = start_pair(*args, f"--out={tmp_path / 'alone'}", "--watchdog=4", ranks=[0])
+    pair = start_pair(*args, f"--out={tmp_path / 'pair'}", "--watchdog=8")
+    log = tmp_path / "pair" / "metrics.jsonl"
+    wait_for(log, 3, pair[0])
+    for process in pair:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(10)
+    for process in pair:
+        process.send_signal(signal.SIGCONT)
+    wait_for(log, len(lines(log)) + 100, pair[0])
+    for process in pair:
+        process.send_signal(signal.SIGTERM)
+    assert "stopped and committed" in finish(pair[0], status=128 + signal.SIGTERM)
+    finish(pair[1], status=128 + signal.SIGTERM)
+    assert "watchdog: rank 1, step 0, not there yet: no progress for 4 s; the run ends" in finish(alone, status=1)
+
+
+def test_the_ranks_to_blame_are_those_that_wait_for_none():
+    steps = [(7, 3, "optimizer", True), (7, 2, "forward and backward", False), (7, 3, "optimizer", True)]
+    assert distributed.least_far(steps) == [1]
+    assert distributed.least_far([(8, 1, "", True), (7, 9, "", True)]) == [1], "all wait: the one that is behind"
+    assert distributed.least_far([(0, 0, "not there yet", False), (0, 5, "starting", False)]) == [0]
+
+
+def test_float16_skips_the_same_steps_on_every_rank(uneven, tmp_path):
+    """The loss scale begins so high that gradients overflow, with FSDP on some ranks' shards only."""
+    program = tmp_path / "overflowing.py"
+    program.write_text(f"""
+import functools, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**34)
+import config, distributed, train
+config.run(train.main, distributed.first_to_say, distributed.exit)
+""")
+    args = [*TOY, f"--data={uneven}", "--dtype=float16", "--steps=20", "--epoch=20", "--samples=0"]
+    runs = [start(program, *args, f"--out={tmp_path / str(i)}", f"--parallel={way}", ranks=ranks)
+            for i, (way, ranks) in enumerate((("ddp", 1), ("ddp", 2), ("fsdp", 2)))]  # fmt: skip
+    for run in runs:
+        finish(run)
+    one, *others = (lines(tmp_path / str(i) / "metrics.jsonl") for i in range(3))
+    assert 4 < one[-1]["skipped"] < 18
+    for log in others:
+        assert [(line["step"], line["skipped"]) for line in log] == [(line["step"], line["skipped"]) for line in one]
+        assert [line["ce"] for line in log] == pytest.approx([line["ce"] for line in one], abs=2e-3)
+
+
+def test_ranks_that_see_other_data_or_another_folder_are_refused(dataset, tmp_path):
+    homes = [tmp_path / "0", tmp_path / "1"]
+    for home in homes:
+        shutil.copytree(dataset, home / "data")
+    args = [*TOY, "--data=data", "--out=out", "--device=cpu"]
+    unshared = start_pair(*args, cwd=homes)
+    printed = "".join(finish(process, status=2) for process in unshared)
+    assert "out: not one folder for all: rank 1 does not see what rank 0 writes" in printed
+    np.save(homes[1] / "data" / "counts.npy", np.load(dataset / "counts.npy") + 1)
+    printed = "".join(finish(process, status=2) for process in start_pair(*args, cwd=homes))
+    assert "the processes of one run need the same settings: content_of_the_data is" in printed
+
+
+def test_metrics_on_two_processes_are_those_of_one(toy_run, tmp_path):
+    for ranks in (1, 2):
+        shutil.copytree(toy_run[0], tmp_path / str(ranks), ignore=shutil.ignore_patterns("*.wav"))
+    runs = [start("metrics.py", tmp_path / str(ranks), "--clips=3", "--device=cpu", ranks=ranks) for ranks in (1, 2)]
+    printed = [finish(run) for run in runs]
+    assert all(text.count("Fréchet distance of codec latents") == 1 for text in printed)
+    one, two = (json.loads((tmp_path / str(ranks) / "metrics.json").read_text()) for ranks in (1, 2))
+    assert one["adherence"] == two["adherence"] and one["fad"] == pytest.approx(two["fad"], rel=0.02)
 
 
 def test_a_long_save_is_seen_to_go_on(tmp_path):

@@ -13,6 +13,8 @@ import data
 import demo_music
 import sample
 import train
+from codec import write_audio
+from config import UserError
 
 TONE = 0.3 * np.sin(np.arange(32_000) / 10)
 
@@ -131,6 +133,25 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(command, dataset, tmp_path)
     refused(command(train, *args, "--steps=8"), f"{tmp_path / 'last.pt'}: cannot be written", " bytes are needed and ",
             "the one before it is whole")  # fmt: skip
     assert (tmp_path / "last.pt").read_bytes() == before and not (tmp_path / "last.tmp").is_symlink()
+
+
+def test_a_full_disk_at_a_line_of_the_log(command, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "open", lambda path, mode: open("/dev/full", mode), raising=False)
+    refused(command(train, *TOY, f"--data={dataset}", f"--out={tmp_path}"),
+            "metrics.jsonl: cannot be written (No space left on device)", "goes on from its last commit")  # fmt: skip
+
+
+def test_where_nothing_can_be_written(command, dataset, tmp_path):
+    (tmp_path / "file").touch()
+    refused(command(train, *TOY, f"--data={dataset}", f"--out={tmp_path / 'file'}"), "file is a file; choose another")
+    with pytest.raises(UserError, match="clip.wav: cannot be written"):
+        write_audio(tmp_path / "file" / "clip.wav", torch.zeros(1, 100), 16_000)
+
+
+def test_processes_without_a_launcher(command, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(command(train, *TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}"),
+            "WORLD_SIZE is 2, yet RANK, MASTER_ADDR, MASTER_PORT not set", "or unset WORLD_SIZE")  # fmt: skip
 
 
 def test_weights_that_cannot_begin_a_run(command, toy_run, dataset, tmp_path):

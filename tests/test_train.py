@@ -21,7 +21,10 @@ import train
 from model import load_model
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "config").glob("[!_]*.py"))
-SMALL = "--dim=32 --heads=2 --layers=2 --text_dim=32 --text_heads=2 --text_layers=1 --segment=1 --codec=tiny".split()
+SMALL = (
+    "--dim=32 --heads=2 --layers=2 --text_dim=32 --text_heads=2 --text_layers=1 --style_dim=32 --style_heads=2"
+    " --style_layers=1 --segment=1 --codec=tiny"
+).split()
 
 
 def lines(path):
@@ -100,7 +103,7 @@ def test_a_log_line_cut_by_a_kill_is_dropped(dataset, tmp_path, command):
 
 
 def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(dataset, tmp_path):
-    common = [*TOY, f"--data={dataset}", "--steps=120", "--epoch=80", "--log_every=3"]
+    common = [*TOY, f"--data={dataset}", "--steps=120", "--epoch=80", "--log_every=3", "--melody=True", "--style=True"]
     whole = start("train.py", *common, f"--out={tmp_path / 'whole'}")
     parts = start("train.py", *common, f"--out={tmp_path / 'parts'}")
     log = tmp_path / "parts" / "metrics.jsonl"
@@ -181,6 +184,48 @@ def test_the_cycle(dataset, tmp_path, command):
     again = command(train, *args, "--steps=11")[1]
     assert all(f"epoch {epoch}, step {2 * epoch}: valid ce" in again for epoch in range(1, 6))
     assert (tmp_path / "index.html").read_text().count("<audio") >= 4
+
+
+@pytest.mark.parametrize("stage", ["validate", "write_samples"])
+def test_a_signal_after_the_commit_that_ends_an_epoch_loses_nothing(stage, dataset, tmp_path, command, monkeypatch):
+    """What was not begun yet is made up for on going on."""
+    args = [*TOY, f"--data={dataset}", "--generate_every=1"]
+    assert command(train, *args, f"--out={tmp_path / 'whole'}")[0] == 0
+    usual = getattr(train, stage)
+    monkeypatch.setattr(train, stage, lambda *rest: signal.raise_signal(signal.SIGTERM) or usual(*rest))
+    status, output = command(train, *args, f"--out={tmp_path / 'parts'}")
+    assert status == 128 + signal.SIGTERM and "stopped and committed at step 3" in output
+    done = [line["stage"] for line in lines(tmp_path / "parts" / "history.jsonl")]
+    assert done == (["valid"] if stage == "validate" else ["valid", "generate"])
+    monkeypatch.setattr(train, stage, usual)
+    assert command(train, *args, f"--out={tmp_path / 'parts'}")[0] == 0
+    assert same_run(tmp_path / "whole", tmp_path / "parts") and same_run(
+        tmp_path / "whole", tmp_path / "parts", "best.pt"
+    )
+    assert untimed(tmp_path / "whole" / "history.jsonl") == untimed(tmp_path / "parts" / "history.jsonl")
+
+
+def test_a_finished_run_without_its_best_or_with_fewer_steps_asked(dataset, tmp_path, command):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
+    assert command(train, *args)[0] == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    assert command(train, *args, "--steps=4")[0] == 0
+    assert (tmp_path / "last.pt").read_bytes() == before
+    (tmp_path / "best.pt").unlink()
+    status, output = command(train, *args)
+    assert status == 2 and "best.pt: no such checkpoint" in output
+    status, output = command(train, *args, "--steps=9")
+    assert status == 0 and torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 9
+
+
+def test_kept_checkpoints_are_never_written_over(dataset, tmp_path, command):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0", "--keep_every=1"]
+    assert command(train, *args)[0] == 0
+    kept = {path: path.read_bytes() for path in tmp_path.glob("step_*.pt")}
+    assert len(kept) == 2
+    assert command(train, *args, "--epoch=2", "--steps=8")[0] == 0
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert (tmp_path / "step_000008.pt").exists()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
