@@ -7,6 +7,10 @@
     name            rate     frames/s  K                card   weights
     tiny            16 kHz   50        4                512    tiny/codec.pt, made by train_codec.py
     encodec_24khz   24 kHz   75        2, 4, 8 or 16    1024   published, from the network, a file or a folder
+    musicgen_32khz  32 kHz   50        4                2048   published, from a file, a folder or a hub (weights.py)
+
+All are mono. With ':stereo' after the name, left and right pass through the same codec, and their codes interleave:
+2K streams, left and right of the first codebook, of the second, and so on, as in MusicGen's stereo models.
 
 Letters: B batch, K codebooks, T frames, D latent width, F frequency bins.
 """
@@ -15,6 +19,7 @@ import contextlib
 import hashlib
 import importlib.machinery
 import math
+import os
 import re
 import sys
 import types
@@ -37,12 +42,17 @@ except (ImportError, OSError):
     sys.modules["torchaudio"] = placeholder
 
 from encodec import EncodecModel  # noqa: E402
+from encodec.modules import SEANetDecoder, SEANetEncoder  # noqa: E402
 from encodec.quantization import ResidualVectorQuantizer  # noqa: E402
 
 from config import UserError  # noqa: E402
+from weights import read_codec  # noqa: E402
 
 TINY_WEIGHTS = Path(__file__).parent / "tiny" / "codec.pt"
 CODEC_FORMAT = 1
+# Codebooks, codes in each, frames a second, width of the latents.
+CODECS = {"tiny": (4, 512, 50, 64), "encodec_24khz": (8, 1024, 75, 128), "musicgen_32khz": (4, 2048, 50, 128)}
+BANDWIDTHS = {"1.5": 2, "3": 4, "6": 8, "12": 16}  # of encodec_24khz, in kbps: codebooks
 SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}  # that are written, libsndfile's names
 
@@ -50,7 +60,7 @@ FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}  # that
 def load_audio(path, sample_rate, channels=1):
     """An audio file as float32 [channels, samples] at `sample_rate`; raises UserError if it cannot be read."""
     try:
-        wav, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        wav, rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise UserError(f"{path}: cannot be read as audio ({str(error).split(': ')[-1].strip()})") from None
     if not len(wav):
@@ -61,7 +71,10 @@ def load_audio(path, sample_rate, channels=1):
         wav = wav.mean(1, keepdims=True)
     elif wav.shape[1] != channels:
         wav = wav[:, :1].repeat(channels, 1)
-    return torch.from_numpy(np.ascontiguousarray(soxr.resample(wav, rate, sample_rate).T, dtype=np.float32))
+    wav = soxr.resample(wav, rate, sample_rate).T
+    if not wav.size:
+        raise UserError(f"{path}: too short, not one sample long at {sample_rate} Hz")
+    return torch.from_numpy(np.ascontiguousarray(wav, dtype=np.float32))
 
 
 def write_audio(path, wav, sample_rate):
@@ -184,21 +197,28 @@ class TinyCodec(nn.Module):
 class Codec:
     """A frozen codec in float32 and eval mode, whatever autocast surrounds it.
 
-    Attributes: name, sample_rate (Hz), frame_rate (frames/s), hop (samples per frame), channels, K, card, dim (width
-    of the latents), and id, which goes into shards and checkpoints so that codes never meet a model of another codec.
+    Attributes: name (as `load_codec` takes it), sample_rate (Hz), frame_rate (frames/s), hop (samples per frame),
+    channels, K (of all channels together), card, dim (width of the latents, likewise), and id, which goes into shards
+    and checkpoints so that codes never meet a model of another codec.
     behind and ahead: the frames before and after one that its samples depend on, as far as `decode_stream` looks.
     """
 
-    def __init__(self, name, model, K, behind, ahead):
-        self.name, self.K, self.behind, self.ahead = name, K, behind, ahead
+    def __init__(self, name, model, books, behind, ahead, channels=1):
+        self.name, self.behind, self.ahead = name, behind, ahead
         self.model = model.float().eval().requires_grad_(False)
-        self.sample_rate, self.channels, self.frame_rate = model.sample_rate, model.channels, model.frame_rate
-        self.card, self.dim = model.quantizer.bins, model.quantizer.dimension
+        self.sample_rate, self.channels, self.frame_rate = model.sample_rate, channels, model.frame_rate
+        self.books, self.K, self.card = books, books * channels, model.quantizer.bins
+        self.dim = model.quantizer.dimension * channels
         self.hop = self.sample_rate // self.frame_rate
         digest = hashlib.sha256()
         for key, tensor in sorted(model.state_dict().items()):
             digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        self.id = f"{name}-K{K}-{digest.hexdigest()[:8]}"
+        self.id = f"{name.split(':')[0]}{'-stereo' * (channels - 1)}-K{self.K}-{digest.hexdigest()[:8]}"
+
+    def about(self):
+        """What a data set and a checkpoint hold of it."""
+        keys = ("name", "id", "K", "card", "frame_rate", "dim", "channels")
+        return {key: getattr(self, key) for key in keys}
 
     def to(self, device):
         self.model.to(device)
@@ -217,20 +237,33 @@ class Codec:
         with torch.autocast(self.device.type, enabled=False):
             wav = wav.to(self.device, torch.float32)
             wav = wav / wav.abs().amax((1, 2), keepdim=True).clamp(min=1)
-            return self.model.quantizer.vq.encode(self.model.encoder(wav), n_q=self.K).transpose(0, 1)
+            latents = self.model.encoder(wav.flatten(0, 1)[:, None])
+            codes = self.model.quantizer.vq.encode(latents, n_q=self.books).transpose(0, 1)
+            return codes.unflatten(0, (-1, self.channels)).transpose(1, 2).flatten(1, 2)
+
+    def mono(self, codes):
+        """codes [B, K, T] -> those of each channel, [books, B * channels, T]."""
+        return codes.to(self.device).unflatten(1, (-1, self.channels)).permute(1, 0, 2, 3).flatten(1, 2)
 
     @torch.no_grad()
     def latents(self, codes):
-        """codes [B, K, T] -> the sum of their codebook vectors, float32 [B, dim, T]."""
+        """codes [B, K, T] -> the sum of their codebook vectors, float32 [B, dim, T], one channel's after another's."""
         with torch.autocast(self.device.type, enabled=False):
-            return self.model.quantizer.decode(codes.to(self.device).transpose(0, 1))
+            return self.model.quantizer.decode(self.mono(codes)).unflatten(0, (-1, self.channels)).flatten(1, 2)
+
+    def vectors(self):
+        """float32 [K, card, dim]: what each code adds to the latents."""
+        books = torch.stack([layer.codebook for layer in self.model.quantizer.vq.layers[: self.books]])
+        ours = torch.eye(self.channels, device=self.device)[:, None, :, None]  # a channel's place in the latents
+        return (books[:, None, :, None] * ours).flatten(3).flatten(0, 1)
 
     @torch.no_grad()
     def decode(self, codes):
         """codes [B, K, T] -> wav float32 [B, channels, T * hop]."""
         latents = self.latents(codes)
         with torch.autocast(self.device.type, enabled=False):
-            return self.model.decoder(latents)
+            wav = self.model.decoder(latents.unflatten(1, (self.channels, -1)).flatten(0, 1))
+            return wav.unflatten(0, (-1, self.channels))[:, :, 0]
 
 
 def encode_long(codec, wav, piece=30.0, context=1.0):
@@ -267,23 +300,58 @@ def decode_stream(codec, parts, n=25):
     yield codec.decode(codes)[:, :, behind * codec.hop :]
 
 
+def describe_codec(name):
+    """A codec's name -> what `Codec.about` says of it but for its id: name, K, card, frame_rate, dim, channels.
+
+    Raises UserError for a name or a bandwidth that will not do, saying what would.
+    """
+    base, *options = name.split(":")
+    channels = 1 + (options[-1:] == ["stereo"])
+    kbps = ":".join(options[: len(options) - channels + 1])
+    if base not in CODECS or (kbps and base != "encodec_24khz"):
+        raise UserError(
+            f"unknown codec '{name}': choose tiny, encodec_24khz[:1.5|3|6|12] or musicgen_32khz, maybe with :stereo"
+        )
+    books, card, frame_rate, dim = CODECS[base]
+    if kbps:
+        if kbps not in BANDWIDTHS:
+            raise UserError(f"codec '{name}': bandwidth must be one of {', '.join(BANDWIDTHS)} kbps")
+        books = BANDWIDTHS[kbps]
+    return dict(name=name, K=books * channels, card=card, frame_rate=frame_rate, dim=dim * channels, channels=channels)
+
+
 def load_codec(name, weights=""):
-    """The codec called `name`: 'tiny', or 'encodec_24khz' with an optional bandwidth in kbps, 'encodec_24khz:3'.
+    """The codec called `name`: 'tiny', 'encodec_24khz' with an optional bandwidth in kbps, 'encodec_24khz:3', or
+    'musicgen_32khz'; any of them with ':stereo' after it.
 
     `weights` is a file, or a folder that holds the file, for when the network is out of reach.
     Raises UserError for a name, a file or a bandwidth that will not do, saying what would.
     """
-    base, _, bandwidth = name.partition(":")
-    if base == "tiny" and not bandwidth:
+    about = describe_codec(name)
+    channels = about["channels"]
+    books = about["K"] // channels
+    if name.startswith("tiny"):
         model = load_tiny(weights or TINY_WEIGHTS)
-        return Codec("tiny", model, K=4, behind=model.reach, ahead=model.reach)
-    if base == "encodec_24khz":
-        choices = {"1.5": 2, "3": 4, "6": 8, "12": 16}
-        if (bandwidth or "6") not in choices:
-            raise UserError(f"codec '{name}': bandwidth must be one of {', '.join(choices)} kbps")
+        return Codec(name, model, books, behind=model.reach, ahead=model.reach, channels=channels)
+    if name.startswith("encodec_24khz"):
         # It is causal, but for the reflection at the start. Its LSTM hears all that was; two seconds are taken for all.
-        return Codec("encodec_24khz", load_encodec_24khz(weights), choices[bandwidth or "6"], behind=150, ahead=7)
-    raise UserError(f"unknown codec '{name}': choose 'tiny' or 'encodec_24khz[:1.5|3|6|12]'")
+        return Codec(name, load_encodec_24khz(weights), books, behind=150, ahead=7, channels=channels)
+    if not weights:
+        raise UserError(
+            "codec musicgen_32khz: give its published weights, --codec_weights=PATH to compression_state_dict.bin of"
+            " facebook/musicgen-small or to the safetensors of facebook/encodec_32khz; or hf:facebook/encodec_32khz"
+            " for PATH, where huggingface_hub is installed and can reach it"
+        )
+    model = read_codec(weights, build_musicgen_32khz)
+    return Codec(name, model, model.quantizer.n_q, behind=100, ahead=6, channels=channels)
+
+
+def build_musicgen_32khz(n_filters=64, dimension=128, card=2048, K=4, pad_mode="reflect"):
+    """MusicGen's codec of encodec's own modules, not causal, with random weights (arXiv:2306.05284, section 3.1)."""
+    sizes = dict(n_filters=n_filters, dimension=dimension, ratios=[8, 5, 4, 4], lstm=2, causal=False, true_skip=True,
+                 norm="weight_norm", pad_mode=pad_mode)  # fmt: skip
+    quantizer = ResidualVectorQuantizer(dimension=dimension, n_q=K, bins=card)
+    return EncodecModel(SEANetEncoder(**sizes), SEANetDecoder(**sizes), quantizer, [2.2], 32_000, 1)
 
 
 def load_tiny(path):

@@ -7,7 +7,7 @@
 
 A sample's conditions are a dict, {"text": "slow piano"}; a missing one, or None, is null. Dropping a condition in
 training and leaving it out at inference are therefore the same thing, and the null is one learned vector per
-attribute. It starts at zero: attention to it gives zero, as in MusicGen's unconditional path.
+attribute. It starts at zero: cross-attention to it gives zero, as in MusicGen's unconditional path.
 
 To add an attribute: an embedder with `prepare` and `forward` like TextEmbedder's or MelodyEmbedder's, a line in
 Conditioner, its draw in `draw_conditions`, and its value wherever a caller gives {"text": ...}.
@@ -284,12 +284,12 @@ class StyleEmbedder(nn.Module):
         )
         self.vq = ResidualVQ(dim, books, bins)
         self.out = nn.Linear(dim, D)
+        nn.init.normal_(self.out.bias, std=0.5**0.5)  # as large as the positions: a mark to find its rows by
         self.null = nn.Parameter(torch.zeros(D))
 
     def set_codec(self, codec):
         """codec: a codec.Codec, whose latents are the sum of one vector of each codebook."""
-        layers = codec.model.quantizer.vq.layers[: len(self.tables)]
-        self.tables.copy_(torch.stack([layer.codebook for layer in layers]))
+        self.tables.copy_(codec.vectors())
 
     def prepare(self, styles, device):
         """B entries, None or (codes int [K, n], number of books or None for all) -> what `forward` takes.
@@ -341,6 +341,7 @@ class Conditioner(nn.Module):
             self.prepended["style"] = StyleEmbedder(s.dim, codec, s.style_dim, s.style_heads, s.style_layers,
                                                     s.style_books, s.style_bins, s.style_seconds[1])  # fmt: skip
         self.rows = sum(embedder.rows for embedder in self.prepended.values())  # P
+        self.steps_per_frame = codec["K"] if s.pattern == "unrolled" else 1
 
     def prepare(self, conditions, device):
         """A list of B dicts of conditions -> {attribute: tensors}, ready for `forward`.
@@ -355,12 +356,12 @@ class Conditioner(nn.Module):
 
     def positions(self, device):
         """Where the prepended rows stand, float [P], in steps of the sequence. They share its positions, not shift it:
-        a row of the melody is found where its own frame is (NOTES.md), and null rows leave the sequence as it was.
+        a row of the melody is found where its own frame is (NOTES.md).
         """
         places = [
             (torch.arange(embedder.rows, device=device) + 0.5) * embedder.stride for embedder in self.prepended.values()
         ]
-        return torch.cat([torch.zeros(0, device=device), *places])
+        return self.steps_per_frame * torch.cat([torch.zeros(0, device=device), *places])
 
     def forward(self, inputs):
         """-> cross-attention states [B, L, D], their mask bool [B, L], and the rows to prepend [B, P, D]."""

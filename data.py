@@ -100,7 +100,8 @@ def find_tracks(music, captions_needed):
     for path, entry, where in tracks_of_folder(music) if music.is_dir() else tracks_of_manifest(music):
         caption = " ".join(str(entry.pop("caption", "") or "").split())
         attributes = entry.pop("attributes", {})
-        stem = (path.parent if music.is_dir() else root) / str(entry.pop("melody_from", None) or path.absolute())
+        stem = entry.pop("melody_from", None)
+        stem = (path.parent if music.is_dir() else root) / str(stem) if stem else path
         if not stem.is_file():
             raise UserError(f"{where}: melody_from {stem}: no such file")
         name = os.path.relpath(path, root)
@@ -152,7 +153,7 @@ def encode_track(job):
 
 
 def write_json(path, value):
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    config.write_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def histogram(tokens, tracks, card):
@@ -246,7 +247,8 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         raise UserError("--workers must be 0 or above, and --valid_fraction between 0 and 1")
     codec = load_codec(codec_name, codec_weights)
     tracks = find_tracks(music, captions)
-    contents = [[t["name"], t["melody_from"], t["caption"], t["metadata"], os.path.getsize(t["path"])] for t in tracks]
+    contents = [[t["name"], t["melody_from"], t["caption"], t["metadata"], os.path.getsize(t["path"]),
+                 os.path.getsize(t["melody_from"])] for t in tracks]  # fmt: skip
     digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     request = dict(music=str(Path(music).resolve()), tracks=digest, codec=codec.id, min_seconds=min_seconds,
                    valid_fraction=valid_fraction)  # fmt: skip
@@ -287,9 +289,7 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     (work / "tokenizer.model").write_bytes(train_tokenizer(sides["train"], vocab_size))
     np.save(work / "counts.npy", [histogram(tokens, side, codec.card) for side in sides.values()])
     counts = {split: dict(tracks=len(side), frames=sum(t["frames"] for t in side)) for split, side in sides.items()}
-    about = dict(name=codec_name, id=codec.id, K=codec.K, card=codec.card, frame_rate=codec.frame_rate,
-                 dim=codec.dim)  # fmt: skip
-    write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=about, **counts, request=request))
+    write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=codec.about(), **counts, request=request))
     work.rename(out)
     for name in ("tokens.bin", "melody.bin", "journal.jsonl", "request.json"):
         (out / name).unlink()
@@ -446,7 +446,7 @@ def unigram_ce(folder):
 def fingerprint(folder):
     """A number that differs, as good as surely, between data sets; of a shard only the size and the counts go in."""
     crc = 0
-    for path in sorted(Path(folder).iterdir()):
+    for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
         content = b"" if path.match("train_*.npy") or path.match("valid_*.npy") else path.read_bytes()
         crc = zlib.crc32(f"{path.name} {path.stat().st_size}".encode() + content, crc)
     return crc
@@ -496,7 +496,8 @@ def main():
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     command.add_argument("music", help="a folder of audio, or a JSONL manifest")
     command.add_argument("--out", required=True, help="the data set's new folder")
-    command.add_argument("--codec", default="tiny", help="tiny, or encodec_24khz[:1.5|3|6|12]")
+    command.add_argument("--codec", default="tiny", help="tiny, encodec_24khz[:1.5|3|6|12] or musicgen_32khz; any with"
+                         " :stereo")  # fmt: skip
     command.add_argument("--codec_weights", default="", help="file or folder with the codec's weights")
     command.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
     command.add_argument("--valid_fraction", type=float, default=0.05, help="share of the tracks held out")

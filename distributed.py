@@ -57,6 +57,14 @@ def first_to_say(message, store=None):
         return True
 
 
+def first_to_report(message):
+    """As `first_to_say`, of an error that ends this rank, after which the others' lost connections are no news."""
+    with contextlib.suppress(UserError, RuntimeError):
+        if size() > 1:
+            first_store().set("reported", message)
+    return first_to_say(message)
+
+
 def join(device, seconds):
     """Joins the process group, if there is one to join; returns this rank's device. Only rank 0 prints from here on.
 
@@ -161,18 +169,20 @@ def wait():
 # ------------------------------------------------------------------------------------------------ weights
 
 
-def shard(model, s, device, dtype):
+def shard(model, device, dtype, reshard_blocks, reshard_rest=False):
     """FSDP2: each block's weights, then the rest, are spread over the ranks and gathered where they are used.
 
     Blocks are gathered in `dtype`, gradients are summed in float32, and so are the weights that the optimizer has.
+    reshard_blocks, reshard_rest: whether they are spread again right after the forward pass, not after the backward.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, so only where it is needed
 
     mesh = dist.init_device_mesh(device.type, (size(),))
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=low, reshard_after_forward=s.reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        fully_shard(block, mesh=mesh, mp_policy=low, reshard_after_forward=reshard_blocks)
+    rest = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=rest, reshard_after_forward=reshard_rest)
 
 
 def replicate(model, device):
@@ -222,7 +232,11 @@ def model_state(model):
 
 def load_model_state(model, state):
     """Every rank has the whole `state` and takes its share."""
-    model.load_state_dict({name: share_of(state[name], like) for name, like in model.state_dict().items()})
+    shares = {}
+    for name, like in model.state_dict().items():
+        beat("restoring")
+        shares[name] = share_of(state[name], like)
+    model.load_state_dict(shares)
 
 
 def optimizer_state(optimizer):
@@ -233,8 +247,11 @@ def optimizer_state(optimizer):
 
 def load_optimizer_state(optimizer, state):
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    shares = {i: {key: share_of(value, params[i]) if value.shape == params[i].shape else value
-                  for key, value in of.items()} for i, of in state["state"].items()}  # fmt: skip
+    shares = {}
+    for i, of in state["state"].items():
+        beat("restoring")
+        shares[i] = {key: share_of(value, params[i]) if value.shape == params[i].shape else value
+                     for key, value in of.items()}  # fmt: skip
     optimizer.load_state_dict({**optimizer.state_dict(), "state": shares})  # settings are those of this run
 
 
@@ -264,6 +281,9 @@ class Watchdog:
         usual = sys.excepthook
 
         def explain(kind, error, trace):
+            with contextlib.suppress(RuntimeError):
+                if isinstance(error, RuntimeError) and self.store.check(["reported"]):
+                    exit(2)
             usual(kind, error, trace)
             with contextlib.suppress(RuntimeError):  # the store may be gone as well
                 self.explain(error)

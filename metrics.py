@@ -102,7 +102,7 @@ def features(wav, sample_rate):
     mel = (mel_spectrogram(wav, sample_rate, n_fft=1024, hop=hop) + 0.1).log()
     flux = mel.diff(dim=-1).clamp(min=0).mean(1)
     flux = flux - flux.mean(1, keepdim=True)
-    spectrum = torch.fft.rfft(flux, n=2 * flux.shape[1]).abs().square()
+    spectrum = torch.fft.rfft(flux, n=max(202, 2 * flux.shape[1])).abs().square()  # lags past a short clip are 0
     correlation = torch.fft.irfft(spectrum)[:, :101]
     correlation = correlation[:, 5:] / correlation[:, :1].clamp(min=1e-8)
     return torch.cat([mel.mean(2), mel.std(2), correlation], dim=1)
@@ -338,4 +338,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.run(main, distributed.first_to_say, distributed.exit)
+    config.run(main, distributed.first_to_report, distributed.exit)

@@ -4,11 +4,15 @@
     generate   conditions, maybe a prompt -> codes, with a KV cache and classifier-free guidance
     stream     the same, each frame as soon as it is final
 
+    python model.py export out/NAME/best.pt DIR --format hf     # for other programs
+
 Letters: B batch, K codebooks, T frames, S sequence steps, D model width, H heads, L condition length, P rows of
 conditions that are prepended to the sequence.
 codes int64 [B, K, T] in [0, card); sequence [B, K, S] in [0, card], where `card` is the special token.
 """
 
+import argparse
+import fnmatch
 import functools
 import math
 import os
@@ -24,8 +28,9 @@ from torch.utils.checkpoint import checkpoint
 import distributed
 from codec import first_line
 from conditioning import CHROMA_RATE, Conditioner
-from config import FIELDS, Settings, UserError
+from config import FIELDS, Settings, UserError, nearest, refuse_unwritable, run
 from patterns import make_pattern
+from weights import LAYOUTS, export_lm
 
 CHECKPOINT_FORMAT = 2
 
@@ -87,6 +92,33 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
+class LoRALinear(nn.Linear):
+    """W plus a low-rank map learned beside it: W + alpha / rank * B A (arXiv:2106.09685), which is W at first."""
+
+    def __init__(self, like, rank, alpha):
+        super().__init__(like.in_features, like.out_features, bias=False)
+        self.scale = alpha / rank
+        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features) / math.sqrt(self.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank))
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def merge_lora(state, settings):
+    """The state dict of the same model without LoRA: what was learned beside a weight is added to it.
+
+    settings: the checkpoint's, a dict.
+    """
+    scale = settings["lora_alpha"] / max(1, settings["lora_rank"]) if "lora_rank" in settings else 0
+    merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name in state:
+        if name.endswith(".lora_a"):
+            linear = name.removesuffix(".lora_a")
+            merged[f"{linear}.weight"] = state[f"{linear}.weight"] + scale * state[f"{linear}.lora_b"] @ state[name]
+    return merged
+
+
 class Block(nn.Module):
     """Pre-norm: causal self-attention, cross-attention to the conditions, GELU feed-forward of 4 D."""
 
@@ -143,7 +175,9 @@ class MusicLM(nn.Module):
         super().__init__()
         self.K, self.card = codec["K"], codec["card"]
         self.special, self.frame_rate = self.card, codec["frame_rate"]
-        self.pattern_name, self.delays = settings.pattern, settings.delays or None
+        channels = codec.get("channels", 1)  # whose codebooks interleave, and of which both stand at the same step
+        self.pattern_name = settings.pattern
+        self.delays = tuple(settings.delays or (k // channels for k in range(self.K)))
         self.activation_checkpointing = settings.activation_checkpointing
         self.trained_frames = round(settings.segment * self.frame_rate)
         self.check_pattern()
@@ -151,6 +185,12 @@ class MusicLM(nn.Module):
         self.conditioner = Conditioner(settings, codec, tokenizer)
         self.embed = nn.Embedding(self.K * (self.card + 1), D)  # the K tables, one after another
         self.blocks = nn.ModuleList(Block(D, settings.heads, layer) for layer in range(settings.layers))
+        for block in self.blocks if settings.lora_rank else ():
+            for name in settings.lora_targets:
+                if not isinstance(linear := getattr(block, name, None), nn.Linear):
+                    known = [name for name, part in block.named_children() if isinstance(part, nn.Linear)]
+                    raise UserError(f"lora_targets: a block has no '{name}'; it has {', '.join(known)}")
+                setattr(block, name, LoRALinear(linear, settings.lora_rank, settings.lora_alpha))
         self.norm = nn.LayerNorm(D)
         self.heads = nn.Linear(D, self.K * self.card, bias=False)  # the K heads, one after another
         self.init_weights()
@@ -172,6 +212,17 @@ class MusicLM(nn.Module):
             for module in block.modules():
                 if isinstance(module, nn.Linear):
                     init(module.weight, 1 / math.sqrt(2 * (block.layer + 1)))
+
+    def freeze(self, patterns):
+        """No gradient for the parameters whose names match one of the patterns, 'blocks.*.weight'."""
+        names = [name for name, _ in self.named_parameters()]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise UserError(f"freeze: no parameter is called '{pattern}'{nearest(pattern, names)}")
+        for name, p in self.named_parameters():
+            p.requires_grad_(not any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+        if not any(p.requires_grad for p in self.parameters()):
+            raise UserError("freeze: nothing is left to train")
 
     def check_pattern(self):
         with torch.device("cpu"):  # where the weights may be on none yet
@@ -236,14 +287,16 @@ class MusicLM(nn.Module):
     def flops(self):
         """Floating-point operations, forward and backward, of training on one item of the trained length.
 
-        Six for each weight of the blocks and heads at each step, and 12 D S^2 of self-attention a block, its masked
-        half counted in, as is the custom (arXiv:2204.02311, appendix B). The text's own are left out.
+        Six for each weight of the blocks and heads at each step, or four for a frozen one, and 12 D S^2 of
+        self-attention a block, its masked half counted in, as is the custom (arXiv:2204.02311, appendix B). The text's
+        own are left out.
         """
         S = make_pattern(self.pattern_name, self.K, self.trained_frames, self.delays, training=True).S - 1
         S += self.conditioner.rows
         parts = [self.heads, *self.blocks]
-        weights = sum(p.numel() for part in parts for name, p in part.named_parameters() if "cross_kv" not in name)
-        return 6 * weights * S + 12 * len(self.blocks) * self.embed.embedding_dim * S**2
+        weights = [p for part in parts for name, p in part.named_parameters() if "cross_kv" not in name]
+        per_step = sum((6 if p.requires_grad else 4) * p.numel() for p in weights)
+        return per_step * S + 12 * len(self.blocks) * self.embed.embedding_dim * S**2
 
     def aligned_logits(self, codes, inputs):
         """Logits in the order of the codes, [B, K, T, card]; NaN where training's cut leaves none. For people."""
@@ -282,6 +335,8 @@ class MusicLM(nn.Module):
         rngs = [torch.Generator().manual_seed(seed) for seed in (seeds or range(B))]
         window = self.trained_frames
         kept = window - (stride or window // 2)
+        if not 0 < kept < window:
+            raise UserError(f"stride {stride}: must be above 0 and below the {window} frames of training")
         prompt = torch.zeros(B, self.K, 0, dtype=torch.int64) if prompt is None else prompt
         codes = prompt[:, :, :frames].expand(B, -1, -1).to(device)
         groups, weights = guidance(conditions, cfg, cfg_beta)
@@ -351,47 +406,64 @@ def choose_codes(logits, uniform, temperature, top_k, top_p):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = torch.softmax(logits / temperature, dim=-1)
-    probs, codes = probs.topk(top_k if top_k and not top_p else probs.shape[-1], dim=-1)
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64
+    probs = torch.softmax(logits.to(exact) / temperature, dim=-1)
     if top_p:
-        probs = probs * (probs.cumsum(-1) - probs < top_p)
-    cumulative = probs.cumsum(-1)
-    rank = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1, keepdim=True)
-    last = (probs > 0).sum(-1, keepdim=True) - 1
-    return codes.gather(-1, torch.minimum(rank, last))[..., 0]
+        ranked, codes = probs.sort(dim=-1, descending=True)
+        probs = torch.zeros_like(probs).scatter(-1, codes, ranked * (ranked.cumsum(-1) - ranked < top_p))
+    elif top_k:
+        probs = probs * (probs >= probs.topk(top_k, dim=-1).values[..., -1:])
+    cumulative = probs.cumsum(-1)  # in the order of the codes, which rounding never changes, as it does that of ranks
+    code = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)
+    last = (cumulative < cumulative[..., -1:]).sum(-1)
+    return torch.minimum(code, last)
 
 
 class WatchedFile:
-    """A file that beats at each write, so that the watchdog sees a long save go on."""
+    """A file that beats at each write, so that the watchdog sees a long save go on; the last `sync` is short."""
 
     def __init__(self, file):
-        self.file = file
+        self.file, self.unsynced, self.error = file, 0, None
 
     def write(self, content):
         distributed.beat("saving")
-        return self.file.write(content)
+        try:
+            self.unsynced += self.file.write(content)
+            if self.unsynced > 2**28:
+                self.sync()
+        except OSError as error:  # which torch.save would turn into another
+            self.error = error
+            raise
+        return len(content)
 
     def flush(self):
         self.file.flush()
 
+    def sync(self):
+        self.flush()
+        os.fsync(self.file.fileno())
+        self.unsynced = 0
+
 
 def save_checkpoint(path, kind, **state):
     """Writes to a temporary name, syncs, renames: whatever happens, `path` holds a whole checkpoint or the old one."""
-    path, temporary = Path(path), Path(path).with_suffix(".tmp")
+    path, temporary, watched = Path(path), Path(path).with_suffix(".tmp"), None
     try:
         with open(temporary, "wb") as file:
-            torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, WatchedFile(file))
-            file.flush()
-            os.fsync(file.fileno())
+            watched = WatchedFile(file)
+            torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, watched)
+            watched.sync()
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
+        reason = first_line(watched and watched.error or error)
         temporary.unlink(missing_ok=True)
         tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        before = "the one before it is whole" if path.exists() else "there is none before it"
         raise UserError(
-            f"{path}: cannot be written ({first_line(error)}); {needed:,} bytes are needed and {free:,} are free there."
-            f" Mend that, start again; {'the one before it is whole' if path.exists() else 'there is none before it'}"
+            f"{path}: cannot be written ({reason}); {needed:,} bytes and some more are needed, and {free:,} are free"
+            f" there. Mend that, start again; {before}"
         ) from None
 
 
@@ -428,3 +500,22 @@ def load_model(path, device="cpu"):
     model = MusicLM(settings, saved["codec"], saved["tokenizer"])
     model.load_state_dict(saved["model"])
     return model.eval().requires_grad_(False).to(device), settings, saved["codec"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The decoder of a best.pt for other programs; see weights.py.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("export", help="write its weights as Hugging Face or audiocraft names them")
+    command.add_argument("checkpoint", help="a best.pt")
+    command.add_argument("folder", help="where to")
+    command.add_argument("--format", choices=list(LAYOUTS), default="hf", help="default: hf")
+    args = parser.parse_args()
+    model, settings, _ = load_model(args.checkpoint)
+    refuse_unwritable(args.folder, "export")
+    path = export_lm(model, merge_lora(model.state_dict(), vars(settings)), settings, args.folder, args.format)
+    aside = ", ".join(["text", *model.conditioner.prepended])
+    print(f"wrote {path}; left out, as those programs have no place for them: the embedders of {aside}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
+import distributed
 from codec import load_audio, mel_spectrogram
 from config import UserError
 
@@ -153,13 +154,6 @@ def read(path, log=False):
         raise UserError(f"{path}: not JSON ({error}); mend or remove it") from None
 
 
-def replace(path, content):
-    """Writes bytes under a temporary name first, so that the file is always whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
 def spectrogram(path, sample_rate):
     """An audio file -> log-mel picture, uint8 [F, W <= 400], low frequencies at the bottom, FLOOR is 0 and 0 dB 255."""
     wav, n_fft = load_audio(path, sample_rate)[0], sample_rate * 64 // 1000
@@ -188,11 +182,12 @@ def look_at(out, paths):
     """{path below `out`: its seconds, or in words why it cannot be played}; draws the pictures that are not there."""
     found = {}
     for path in tqdm(paths, desc="spectrograms", unit="wav", file=sys.stdout, delay=2, mininterval=1, leave=False):
+        distributed.beat("drawing spectrograms")
         wav, picture = out / path, (out / path).with_suffix(".png")
         try:
             info = soundfile.info(wav)
             if not picture.exists() or picture.stat().st_mtime < wav.stat().st_mtime:
-                replace(picture, png(spectrogram(wav, info.samplerate)))
+                config.write_file(picture, png(spectrogram(wav, info.samplerate)))
             found[path] = info.duration
         except (soundfile.LibsndfileError, UserError):
             found[path] = "cannot be read" if wav.exists() else "file missing"
@@ -429,7 +424,7 @@ def write(out):
 <h2 id="code">Code</h2><p>{version}</p><pre>{escape(code)}</pre>
 <script>{SCRIPT}</script></body></html>
 """
-    replace(out / "index.html", page.encode(errors="replace"))
+    config.write_file(out / "index.html", page.encode(errors="replace"))
     return out / "index.html"
 
 
@@ -442,26 +437,35 @@ def scalars(name, value):
         yield name, value
 
 
+def import_logger(name):
+    """What the setting `logger` names, or None; raises UserError where it is not installed."""
+    try:
+        if name == "wandb":
+            import wandb
+
+            return wandb
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            return SummaryWriter
+    except ImportError:
+        raise UserError(f"logger = '{name}': not installed; pip install {name}") from None
+
+
 def open_logger(s, out):
     """A function that hands a line of either log to tensorboard or wandb: scalars, and the samples that it names.
 
-    Raises UserError where the setting `logger` names one that is not installed; where it is empty, nothing is done.
+    Where the setting `logger` is empty, nothing is done.
     """
     if not s.logger:
         return lambda line: None
-    try:
-        if s.logger == "wandb":
-            import wandb
-        else:
-            from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(f"logger = '{s.logger}': not installed; pip install {s.logger}") from None
+    module = import_logger(s.logger)
     if s.logger == "wandb":
         name = s.out.strip("/").replace("/", "-")
-        run = wandb.init(project="nanomusicgen", id=name, name=name, config=vars(s), resume="allow", dir=out)
+        run = module.init(project="nanomusicgen", id=name, name=name, config=vars(s), resume="allow", dir=out)
     else:
         shutil.rmtree(out / "tensorboard", ignore_errors=True)  # all of it is told again from the run's own logs
-        writer = SummaryWriter(out / "tensorboard")
+        writer = module(out / "tensorboard")
 
     def log(line):
         step, stage = line["step"], line.get("stage", "train")
@@ -470,7 +474,7 @@ def open_logger(s, out):
         wavs = {f"{clip['caption']} ({clip['seed']})": out / clip["free"] for clip in clips}
         wavs = {name: path for name, path in wavs.items() if path.exists()}
         if s.logger == "wandb":
-            run.log(found | {name: wandb.Audio(str(path)) for name, path in wavs.items()}, step=step)
+            run.log(found | {name: module.Audio(str(path)) for name, path in wavs.items()}, step=step)
             return
         for name, value in found.items():
             writer.add_scalar(name, value, step)

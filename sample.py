@@ -41,9 +41,16 @@ from config import UserError
 from loudness import level
 from model import load_model, pick_device
 
+UNWRITTEN = {".m4a", ".aac", ".opus", ".aiff", ".aif", ".wma", ".mp4", ".webm"}  # audio, but not of FORMATS
 CHOICES = ("cfg", "cfg_beta", "temperature", "top_k", "top_p")
 FILES = ("checkpoint", "prompt", "melody", "style")  # what a clip is made from
 AGAIN = (*FILES, "codec_weights", "seed", "duration", "stride", "style_books", "loudness", "format", *CHOICES)
+TEXTS, OPTIONAL = ("caption", "checkpoint", "format"), ("prompt", "melody", "style", "codec_weights")
+KINDS = {
+    **dict.fromkeys(TEXTS, str),
+    **dict.fromkeys(OPTIONAL, (str, type(None))),
+    "loudness": (int, float, type(None)),
+}
 
 
 def arguments():
@@ -87,11 +94,18 @@ def arguments():
     args, record = parser.parse_intermixed_args(), {}
     if args.again:
         try:
+            if args.checkpoint:
+                raise ValueError("it has its own checkpoint and caption; give options only")
             record = json.loads(Path(args.again).read_text(encoding="utf-8"))
+            for key in ("caption", *AGAIN):
+                if not isinstance(record[key], KINDS.get(key, (int, float))):
+                    raise ValueError(f'"{key}" is {record[key]!r}')
             parser.set_defaults(captions=[record["caption"]], **{key: record[key] for key in AGAIN})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--again {args.again}: not the .json of a clip ({first_line(error)})") from None
         args = parser.parse_intermixed_args()
+    suffix = Path(args.out).suffix.lower()
+    args.format = suffix[1:] if suffix in FORMATS else args.format
     return args, record
 
 
@@ -130,10 +144,21 @@ def refuse(args, captions):
         raise UserError("no checkpoint: give the best.pt of a run, or --again with the .json beside a clip")
     if not 0 < args.duration < math.inf:
         raise UserError(f"--duration {args.duration:g}: must be above 0 seconds")
+    for key in ("checkpoint", "prompt", "melody", "style", "out"):
+        if (path := getattr(args, key)) and any("\ud800" <= character <= "\udfff" for character in path):
+            raise UserError(f"{path!r}: holds bytes that are no text; give the file or folder another name")
+    if not 0 <= args.seed < 2**62:
+        raise UserError(f"--seed {args.seed}: must lie between 0 and 2^62")
+    if args.style_books != INFERENCE_BOOKS and not args.style:
+        raise UserError("--style_books: says how closely to follow --style, which is not given")
     if args.n < 1 or args.batch < 1:
         raise UserError("--n and --batch must be 1 or above")
     if args.loudness is not None and not -70 <= args.loudness <= 0:
         raise UserError(f"--loudness {args.loudness:g}: must lie between -70 and 0 LUFS, -23 or so, or be none")
+    suffix = Path(args.out).suffix.lower()
+    if suffix in UNWRITTEN or (suffix in FORMATS and Path(args.out).is_dir()):
+        what = "is a folder" if suffix in FORMATS else "is no format that can be written"
+        raise UserError(f"--out {args.out}: {what}; name a new folder, or a file in {', '.join(FORMATS)}")
     if not args.stream:
         config.refuse_unwritable(folder_of(args.out), "--out")
     elif args.interactive or len(captions) * args.n != 1:
@@ -183,6 +208,7 @@ def request(args, model, s, codec):
                 f"--continue {args.prompt}: {wav.shape[1] / codec.sample_rate:.1f} s long, and --duration is"
                 f" {args.duration:g} s in all; make --duration longer"
             )
+        wav = wav[:, : max(1, wav.shape[1] // codec.hop) * codec.hop]  # a frame that ends in silence would be an ending
         prompt = encode_long(codec, wav)[None]
     return dict(frames=frames, prompt=prompt, stride=stride, **choice)
 
@@ -198,27 +224,30 @@ def heard_from(args, model, s, codec):
             raise UserError(f"--{name}: {args.checkpoint} was not trained with it; its conditions are {takes}")
         wav = load_audio(path, codec.sample_rate, codec.channels)
         seconds, rate = wav.shape[1] / codec.sample_rate, soundfile.info(path).samplerate
-        if wav.abs().max() < 1e-3:
-            raise UserError(f"--{name} {path}: is silent, with no sample above -60 dBFS")
         if seconds * CHROMA_RATE < 1:
             raise UserError(f"--{name} {path}: {seconds:.3f} s long; at least {1 / CHROMA_RATE:g} s are needed")
+        if wav.abs().max() < 1e-3:
+            channels = " when mixed to mono" if soundfile.info(path).channels > codec.channels else ""
+            raise UserError(f"--{name} {path}: is silent{channels}, with no sample above -60 dBFS")
         done = [f"resampled from {rate} to {codec.sample_rate} Hz"] if rate != codec.sample_rate else []
         if name == "melody":
             notes = melody_of(wav.mean(0), codec.sample_rate)
             if (notes == SILENCE).all():
                 raise UserError(f"--melody {path}: no note is heard in it, between C2 and B7 and above -60 dBFS")
             needed = math.ceil(args.duration * CHROMA_RATE)
-            shared["melody"] = notes.repeat(-(-needed // len(notes)))[:needed]
+            window = max(needed, math.ceil(s.segment * CHROMA_RATE))  # silence after it would ask for an ending
+            shared["melody"] = notes.repeat(-(-window // len(notes)))[:window]
             if len(notes) != needed:
                 done.append(f"{'repeated' if len(notes) < needed else 'cut'} to {args.duration:g} s")
         else:
             if not 1 <= args.style_books <= s.style_books:
                 raise UserError(f"--style_books {args.style_books}: must be from 1 to the {s.style_books} of training")
-            codes, shortest, longest = encode_long(codec, wav), *s.style_seconds
-            first = max(0, codes.shape[1] - embedders["style"].frames) // 2
-            shared["style"] = (codes[:, first:][:, : embedders["style"].frames], args.style_books)
-            if seconds > longest:
-                done.append(f"its middle {longest:g} s are taken")
+            codes, shortest = encode_long(codec, wav), s.style_seconds[0]
+            most = min(embedders["style"].frames, model.trained_frames // 2)  # no excerpt of training was longer
+            first = max(0, codes.shape[1] - most) // 2
+            shared["style"] = (codes[:, first:][:, :most], args.style_books)
+            if codes.shape[1] > most:
+                done.append(f"its middle {most / codec.frame_rate:g} s are taken")
             elif seconds < shortest:
                 done.append(f"shorter than any in training, which were {shortest:g} s or more")
         if done:
@@ -303,17 +332,25 @@ def describe(args, s, codec, wanted):
     )  # fmt: skip
 
 
-def write_clip(path, wav, codec, caption, seed, common, spectrogram):
-    """A clip, its .json and maybe its .png, each whole or not at all; wav [channels, samples]."""
+def write_clip(path, wav, codec, caption, seed, common, spectrogram, keep):
+    """A clip, its .json and maybe its .png, each whole or not at all; wav [channels, samples].
+
+    keep: not to write over a clip of the same name that was made otherwise, but to number on.
+    """
     levels, note = None, ""
     if common["loudness"] is not None:
         wav, levels = level(wav.numpy(), codec.sample_rate, common["loudness"])
         note = f", at {levels['reached']:.1f} LUFS, as its peaks allow no more" if levels["limited"] else ""
-    write_audio(path, torch.as_tensor(wav), codec.sample_rate)
     about = {"caption": caption, "seed": seed, "level": levels, **common}
-    report.replace(path.with_suffix(".json"), json.dumps(about, indent=1, ensure_ascii=False).encode())
+    text, stem = json.dumps(about, indent=1, ensure_ascii=False).encode(), path.stem
+    for number in itertools.count(2) if keep else ():
+        if not (there := path.with_suffix(".json")).exists() or there.read_bytes() == text:
+            break
+        path = path.with_stem(f"{stem}_{number}")
+    write_audio(path, torch.as_tensor(wav), codec.sample_rate)
+    config.write_file(path.with_suffix(".json"), text)
     if spectrogram:
-        report.replace(path.with_suffix(".png"), report.png(report.spectrogram(path, codec.sample_rate)))
+        config.write_file(path.with_suffix(".png"), report.png(report.spectrogram(path, codec.sample_rate)))
     tqdm.write(f"wrote {path}{note}", file=sys.stdout)
 
 
@@ -342,7 +379,7 @@ def main():
             path = folder / f"{file_name(conditions['text'], seed)}.{args.format}"
             if folder != out:
                 path = out.with_stem(f"{out.stem}_{number}") if args.interactive or len(takes) > 1 else out
-            write_clip(path, wav, codec, conditions["text"], seed, common, args.spectrogram)
+            write_clip(path, wav, codec, conditions["text"], seed, common, args.spectrogram, folder == out)
             number += 1
 
 

@@ -28,14 +28,18 @@ import config
 import data
 import demo_music
 import distributed
+import estimate
 import metrics
 import report
 from codec import load_audio, load_codec, write_wav
 from config import UserError
-from model import MusicLM, load_model, peak_flops, pick_device, read_checkpoint, save_checkpoint
+from model import MusicLM, load_model, merge_lora, peak_flops, pick_device, read_checkpoint, save_checkpoint
+from weights import read_lm
 
 SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layers text_max_tokens melody style".split()
 STYLE_SETTINGS = "style_dim style_heads style_layers style_books style_bins style_seconds".split()
+DIVERGED = 100  # nats; blind guessing is ln(card), below 8
+TUNING_SETTINGS = "freeze lora_rank lora_alpha lora_targets".split()  # not to change when a run goes on
 
 
 def learning_rate(step, s):
@@ -126,7 +130,7 @@ def lines_until(path, step):
     if not path.exists() or distributed.rank() > 0:
         return []
     lines = [line for line in report.read(path, log=True) if line["step"] <= step]
-    report.replace(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    config.write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return lines
 
 
@@ -140,7 +144,7 @@ def record_code(out, step):
         return
     known = sorted(out.glob("code_*.diff"))
     if not known or known[-1].read_bytes() != code:
-        (out / f"code_{step:06d}.diff").write_bytes(code)
+        config.write_file(out / f"code_{step:06d}.diff", code)
 
 
 def describe(line):
@@ -156,6 +160,8 @@ def describe(line):
 
 def main():
     s = config.load(sys.argv[1:], __doc__)
+    if s.estimate:
+        return print("\n".join(estimate.estimate(s)[1]))
     device, dtype = pick_device(s.device, s.dtype)
     s.device, s.dtype = device.type, str(dtype).removeprefix("torch.")
     device = distributed.join(device, s.watchdog)
@@ -166,8 +172,12 @@ def main():
     config.refuse_unwritable(out, "--out")
     saved = read_checkpoint(last, "last") if last.exists() else None
     if saved and not s.resume:
-        raise UserError(f"{last}: a run is there; choose another --out, or remove it, or drop --resume=False")
-    parent = read_checkpoint(s.init_from, "best") if s.init_from and not saved else None
+        raise UserError(f"{last}: a run is there; choose another --out, or remove that folder, or drop --resume=False")
+    if not saved and (strays := [*out.glob("best.pt"), *out.glob("step_*.pt")]):
+        raise UserError(f"{strays[0]}: of a run whose last.pt is gone; choose another --out, or remove the folder")
+    report.import_logger(s.logger)
+    published = s.init_from.partition("musicgen:")[2]
+    parent = read_checkpoint(s.init_from, "best") if s.init_from and not (published or saved) else None
     distributed.refuse_differences(
         **dataclasses.asdict(s), torch_version=torch.__version__, step_of_last_pt=saved and saved["step"]
     )
@@ -188,9 +198,18 @@ def main():
     T = round(s.segment * codec.frame_rate)
     tokenizer = Path(s.data, "tokenizer.model").read_bytes()
     if saved or parent:
-        if tokenizer != (saved or parent)["tokenizer"]:
-            print(f"captions are tokenized as {s.out if saved else s.init_from} does, not by {s.data}'s own tokenizer")
+        other_tokenizer = tokenizer != (saved or parent)["tokenizer"]
+        if other_tokenizer and not saved:
+            print(f"captions are tokenized as {s.init_from} does, not by {s.data}'s own tokenizer")
         tokenizer = (saved or parent)["tokenizer"]
+        same = SHAPE_SETTINGS + (STYLE_SETTINGS if s.style else []) + (TUNING_SETTINGS if saved else [])
+        changes = changed_settings(saved or parent, {**dataclasses.asdict(s), "codec": codec.id})
+        contradictions = [changes[key] for key in [*same, "codec"] if key in changes]
+        if saved and other_tokenizer:
+            contradictions.append(f"the tokenizer is not that of {s.data}")
+        if contradictions:
+            raise UserError(f"{last if saved else s.init_from}: holds another model ({', '.join(contradictions)});"
+                            f" {'choose another --out' if saved else 'give it the same settings'}")  # fmt: skip
 
     # Model
     distributed.beat("building the model")
@@ -198,19 +217,24 @@ def main():
     model = MusicLM(s, about, tokenizer)
     if s.style:
         model.conditioner.prepended["style"].set_codec(codec)
+    if s.init_from and not saved:  # what the file lacks stays as it is: the conditioners, or what LoRA adds
+        state = merge_lora(parent["model"], parent["settings"]) if parent else read_lm(published, model.state_dict())
+        model.load_state_dict(state, strict=False)
+        print(f"beginning with the weights of {s.init_from}")
+    model.freeze(s.freeze)
     with torch.device("meta"):
         ema = MusicLM(s, about, tokenizer)
     if ranks > 1 and s.parallel == "fsdp":
-        distributed.shard(model, s, device, dtype)
-        distributed.shard(ema, s, device, dtype)
+        distributed.shard(model, device, dtype, s.reshard_after_forward)
+        distributed.shard(ema, device, dtype, True, True)  # no backward pass would spread it again
         net = model
     else:
         model.to(device)
         net = distributed.replicate(model, device) if ranks > 1 else model
     ema.to_empty(device=device).eval().requires_grad_(False)
     ema.load_state_dict(model.state_dict())
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)],
         lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type != "mps",
@@ -224,16 +248,6 @@ def main():
     distributed.beat("restoring")
     step, skipped = 0, 0
     ce_total, since_log, grad_norm = np.zeros(codec.K), 0, 0.0  # of the steps since the last line of the log
-    if saved or parent:
-        shape = SHAPE_SETTINGS + (STYLE_SETTINGS if s.style else [])
-        changes = changed_settings(saved or parent, {**dataclasses.asdict(s), "codec": codec.id})
-        if contradictions := [changes[key] for key in [*shape, "codec"] if key in changes]:
-            raise UserError(f"{last if saved else s.init_from}: holds another model ({', '.join(contradictions)});"
-                            f" {'choose another --out' if saved else 'give it the same settings'}")  # fmt: skip
-    if parent:
-        for part in (model, ema):
-            distributed.load_model_state(part, parent["model"])
-        print(f"beginning with the weights of {s.init_from}")
     if saved:
         distributed.load_model_state(model, saved["model"])
         distributed.load_model_state(ema, saved["ema"])
@@ -263,7 +277,8 @@ def main():
             try:
                 os.link(last, kept)
             except OSError:  # a file system without hard links
-                shutil.copyfile(last, kept)
+                shutil.copyfile(last, kept.with_suffix(".tmp"))
+                kept.with_suffix(".tmp").replace(kept)
 
     def stopping():
         """Whether any rank got a signal."""
@@ -287,8 +302,9 @@ def main():
         if due("valid", 1):  # with the averaged weights
             ce_q, null_q = validate(ema, valid_data, s, T, size, device, autocast)
             ce, gain = float(np.mean(ce_q)), float(np.mean(null_q) - np.mean(ce_q))
-            if not ce < 100:
-                raise UserError(f"step {step}: the held-out loss is {ce:g}; it has diverged, a lower --lr may help")
+            if not ce < DIVERGED:
+                raise UserError(f"step {step}: the held-out loss is {ce:g}, it diverged; to begin again from the best:"
+                                f" --init_from={best}, another --out and a lower --lr")  # fmt: skip
             if ce < best_ce:
                 best_ce, state = ce, distributed.model_state(ema)
                 if rank == 0:
@@ -383,7 +399,7 @@ def main():
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)
         norm = distributed.whole(norm).item()
-        if not math.isfinite(sum(ce_q)) or (not math.isfinite(norm) and scaler.get_scale() <= 1):
+        if not np.mean(ce_q) < DIVERGED or (not math.isfinite(norm) and scaler.get_scale() <= 1):
             raise UserError(
                 f"step {step + 1}: loss {np.mean(ce_q):g}, gradient norm {norm:g}; a lower --lr may help. The weights"
                 f" were not touched, and {f'{last} is whole' if last.exists() else 'nothing was saved yet'}"
@@ -458,4 +474,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.run(main, distributed.first_to_say, distributed.exit)
+    config.run(main, distributed.first_to_report, distributed.exit)

@@ -7,6 +7,7 @@ On the command line `--key=value` or `--key value` overrides it:
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -27,7 +28,7 @@ class Settings:
     # The run
     out: str = "out/run"  # folder for checkpoints, logs and samples
     resume: bool = True  # go on from OUT/last.pt where there is one; False refuses to write over it
-    init_from: str = ""  # a best.pt whose weights and tokenizer a new run begins with; unlike resuming, at step 0
+    init_from: str = ""  # a new run begins with the weights of a best.pt, or musicgen:PATH; unlike resuming, at step 0
     seed: int = 0  # fixes the weights, the batches and every dropout draw
     device: str = "auto"  # cuda, mps, cpu, or auto: the first of them that is there
     dtype: str = "auto"  # float32, bfloat16, float16, or auto: bfloat16 where the device computes in it
@@ -38,7 +39,7 @@ class Settings:
     # Data
     data: str = "data/demo"  # folder made by `python data.py prepare`
     demo_clips: int = 0  # where DATA is missing, synthesise the demo's corpus of so many clips and prepare it
-    codec: str = "tiny"  # tiny, or encodec_24khz[:1.5|3|6|12] (kbps)
+    codec: str = "tiny"  # tiny, encodec_24khz[:1.5|3|6|12] (kbps) or musicgen_32khz; any with :stereo
     codec_weights: str = ""  # file or folder with the codec's weights; empty: shipped or downloaded
     segment: float = 8.0  # seconds of music in a training item; shorter tracks are padded
     batch_size: int = 8  # items in one optimizer step, over all processes
@@ -62,6 +63,11 @@ class Settings:
     style_books: int = 6  # residual codebooks that its output passes
     style_bins: int = 256  # vectors in each of them
     style_seconds: tuple = (1.5, 4.5)  # shortest and longest excerpt, at most half of the item
+    # Fine-tuning
+    freeze: tuple = ()  # patterns of the names of parameters that stay as they are, blocks.*,heads.*
+    lora_rank: int = 0  # learn matrices of this rank beside the weights of each block; 0: none
+    lora_alpha: float = 16.0  # what they learn counts alpha / rank times
+    lora_targets: tuple = ("qkv", "attn_out")  # beside which of a block's weights: cross_q, up, down ...
     # Conditioning, per sample and in training only
     cfg_dropout: float = 0.1  # probability to drop all conditions together, for guidance
     text_dropout: float = 0.0  # probability to drop the text on its own
@@ -81,7 +87,7 @@ class Settings:
     ema_decay: float = 0.99  # of the averaged weights that validation and generation use; 0: no averaging
     ema_every: int = 1  # steps between updates of that average
     # The cycle
-    epoch: int = 500  # steps in an epoch; after each: validate, keep the best, commit
+    epoch: int = 500  # steps in an epoch; after each: commit, validate, keep the best
     keep_every: int = 0  # epochs between commits that are kept for good, as step_NNNNNN.pt; 0: none
     valid_items: int = 256  # held-out segments validated after each epoch; 0: all
     generate_every: int = 1  # epochs between sample rounds; 0: only at the end
@@ -89,6 +95,8 @@ class Settings:
     evaluate_every: int = 0  # epochs between evaluations by metrics.py; 0: only at the end
     evaluate_clips: int = 60  # held-out captions that an evaluation generates; 0: no evaluation
     log_every: int = 10  # steps between lines of metrics.jsonl
+    estimate: int = 0  # print what the run would take on so many processes (memory, time), and end; alone: on one
+    mfu: float = 0.4  # share of the device's peak that the estimate takes for granted
     logger: str = ""  # tensorboard or wandb, where it is installed; metrics.jsonl is written anyway
     # Generation
     cfg: float = 3.0  # guidance; 1 switches it off
@@ -105,13 +113,14 @@ CHOICES = {
     "pattern": ("delay", "parallel", "unrolled"),
     "logger": ("", "tensorboard", "wandb"),
 }
+SWITCHES = ("estimate",)  # that may stand without a value
 NOT_NEGATIVE = (
-    "seed demo_clips micro_batch min_lr warmup weight_decay clip valid_items keep_every generate_every samples"
-    " evaluate_every evaluate_clips watchdog temperature top_k"
+    "estimate seed demo_clips micro_batch min_lr warmup weight_decay clip valid_items keep_every generate_every samples"
+    " evaluate_every evaluate_clips watchdog temperature top_k lora_rank"
 )
 POSITIVE = (
     "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens style_dim style_heads"
-    " style_layers style_books style_bins steps lr ema_every epoch log_every"
+    " style_layers style_books style_bins steps lr ema_every epoch log_every mfu"
 )
 PROBABILITIES = (
     "cfg_dropout text_dropout melody_dropout style_dropout merge_text_p word_dropout beta1 beta2 ema_decay top_p"
@@ -130,6 +139,8 @@ def checked(key, value, where):
     kind = FIELDS[key].type
     if kind is float and type(value) is int:
         value = float(value)
+    if kind is tuple and type(value) is str:
+        value = tuple(part.strip() for part in value.split(",") if part.strip())
     if kind is tuple and type(value) in (list, int):
         value = tuple(value) if type(value) is list else (value,)
     if type(value) is not kind:
@@ -179,11 +190,12 @@ def validate(s):
     for width, heads in (("dim", "heads"), ("text_dim", "text_heads"), ("style_dim", "style_heads")):
         if getattr(s, width) % getattr(s, heads) or getattr(s, width) // getattr(s, heads) % 2:
             raise UserError(f"{width} = {getattr(s, width)}: must be an even multiple of {heads} = {getattr(s, heads)}")
-    if not (len(s.style_seconds) == 2 and 0 < s.style_seconds[0] <= s.style_seconds[1]):
+    numbers = all(type(value) in (int, float) for value in s.style_seconds)
+    if not (numbers and len(s.style_seconds) == 2 and 0 < s.style_seconds[0] <= s.style_seconds[1]):
         raise UserError(f"style_seconds = {s.style_seconds}: must be the shortest and the longest, 1.5,4.5")
     if s.ema_decay == 1:
         raise UserError("ema_decay = 1: an average that never changes; 0.99 is usual")
-    check_sizes(s.batch_size, s.micro_batch, int(os.environ.get("WORLD_SIZE", 1)))
+    check_sizes(s.batch_size, s.micro_batch, s.estimate or int(os.environ.get("WORLD_SIZE", 1)))
     return s
 
 
@@ -215,9 +227,10 @@ def load(argv, usage):
             continue
         key, equals, text = word[2:].partition("=")
         if not equals:
-            if not words or words[0].startswith("--"):
+            alone = not words or words[0].startswith("--")
+            if alone and key not in SWITCHES:
                 raise UserError(f"--{key}: needs a value, --{key}=VALUE")
-            text = words.pop(0)
+            text = "1" if alone else words.pop(0)
         values[key] = checked(key, from_text(key, text), "command line")
         typed.add(key)
     if "data" in typed and "demo_clips" not in typed:
@@ -230,7 +243,7 @@ def table():
     rows = []
     for line in inspect.getsource(Settings).splitlines():
         if match := re.match(r"    (\w+): \w+ = (.+?)  # (.+)", line):
-            rows.append("  --{:<16} {:<12} {}".format(*match.groups()))
+            rows.append("  --{:<16} {:<12}  {}".format(*match.groups()))
         elif line.startswith("    # "):
             rows.append(f"\n{line.strip('# ')}")
     return "\n".join(rows)
@@ -244,22 +257,34 @@ def refuse_unwritable(path, setting):
         raise UserError(f"{setting} {path}: cannot be written to, {there} {why}; choose another folder")
 
 
-def run(main, first_to_say=lambda message: True, exit=sys.exit):
+def write_file(path, content):
+    """Writes bytes under a temporary name first, so that the file is always whole; raises UserError if it cannot."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or choose another folder") from None
+
+
+def run(main, first_to_report=lambda message: True, exit=sys.exit):
     """Calls a program's main; bad input ends it with one line and status 2, ctrl-C with status 130.
 
-    first_to_say: of a message, whether this process is the one to print it.  exit: ends this process with a status.
+    first_to_report: of a message, whether this process is the one to print it.  exit: ends this process.
     """
     program = Path(sys.argv[0]).name
     try:
         main()
-    except UserError as error:
-        if first_to_say(str(error)):
-            print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-        exit(2)
     except BrokenPipeError:
         exit(1)
-    except OSError as error:  # a full disk, a folder that may not be written ...
-        print(f"{program}: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:  # an OSError: a full disk, a folder that may not be written ...
+        message = (
+            f"{error.filename or 'a file'}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+        )
+        if first_to_report(message):
+            print(f"{program}: error: {message}", file=sys.stderr, flush=True)
         exit(2)
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)

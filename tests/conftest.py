@@ -29,8 +29,9 @@ def start(program, *args, cwd=ROOT, ranks=1, **environment):
     """A program of the repository as its own process, or several by torchrun, each on one thread."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return subprocess.Popen(
-        [sys.executable, *torchrun, program, *map(str, args)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True,
+        [sys.executable, *torchrun, program, *map(str, args)], cwd=cwd, text=True, errors="replace",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True,
     )  # fmt: skip
 
 

@@ -20,13 +20,20 @@ def home(tmp_path_factory, corpus, dataset, toy_run):
     for path in ROOT.iterdir():
         if path.suffix == ".py" or path.name in ("config", "tiny"):
             (folder / path.name).symlink_to(path)
-    for name in ("demo", "mine", "music"):
+    for name in ("demo", "mine", "mine32", "music"):
         shutil.copytree(dataset, folder / "data" / name)
     shutil.copytree(toy_run[0], folder / "out" / "demo")
+    every = ("--melody=True", "--style=True", f"--data={dataset}", f"--out={folder / 'out' / 'demo_all'}")
+    finish(start("train.py", *TOY, *every))
+    for name in ("demo_melody", "demo_style"):
+        (folder / "out" / name).symlink_to("demo_all")
     shutil.copytree(corpus, folder / "MUSIC")
     for number, path in enumerate(sorted((folder / "MUSIC").glob("*.flac"))):
         path.with_suffix(".txt").write_text(f"piece {number}")
-    shutil.copy(folder / "MUSIC" / "clip_00000.flac", folder / "beginning.wav")
+    finish(start("model.py", "export", toy_run[0] / "best.pt", folder / "weights" / "small"))
+    for number, name in enumerate(("beginning.wav", "tune.wav", "excerpt.wav")):
+        shutil.copy(folder / "MUSIC" / f"clip_{number:05d}.flac", folder / name)
+    (folder / "captions.txt").write_text("fast bells\ncalm strings\n")
     return folder
 
 
@@ -39,10 +46,13 @@ def test_the_readme_has_its_two_commands():
 
 
 def run(command, home):
+    command = command.partition("|")[0]  # a player
     program, *args = [word for word in shlex.split(command)[1:] if not word.startswith("--nproc_per_node")]
-    if program == "train.py" and "--help" not in args:
-        args += [*TOY, f"--out=out/{abs(hash(command))}", "--codec=tiny"]
+    if program == "train.py" and "--help" not in args and "--estimate" not in command:
+        args += [*TOY, f"--out=out/{abs(hash(command))}", "--codec=tiny", "--codec_weights="]
         args += [f"--data={home / 'data' / 'demo'}"] if "data=" not in command else []
+    if "--stream" in args:
+        args += ["--duration", "2"]
     if program == "demo_music.py":
         args += ["--clips", "3"]
     if program == "metrics.py":
@@ -50,7 +60,7 @@ def run(command, home):
     if program == "train_codec.py" and args[0] == "train":
         args += ["--steps", "1", "--batch_size", "2", "--valid_every", "1"]
     if program == "data.py" and args[0] == "prepare":
-        args += ["--codec", "tiny", "--workers", "1"]
+        args += ["--codec", "tiny", "--codec_weights=", "--workers", "1"]
         if "--out" in args:
             args[args.index("--out") + 1] += "_new"
     if program == "train_codec.py" and args[0] == "evaluate":

@@ -128,7 +128,7 @@ def test_the_json_is_enough_to_make_the_clip_again(play, toy_run, tmp_path):
     for key in ("checkpoint_sha256", "prompt_sha256", "torch", "code", "device"):
         assert about[key]
     first = pcm(beside.with_suffix(".flac"))
-    assert "differ" not in play("--again", beside, "--out", tmp_path / "again")
+    assert "is not the one of" not in play("--again", beside, "--out", tmp_path / "again")
     np.testing.assert_allclose(pcm(tmp_path / "again" / "slow_bells_10.flac"), first, atol=2)
     play("--again", beside, "--seed", 11, "--out", tmp_path / "again")
     assert np.abs(pcm(tmp_path / "again" / "slow_bells_11.flac").astype(int) - first).max() > 50
@@ -138,6 +138,45 @@ def test_the_json_is_enough_to_make_the_clip_again(play, toy_run, tmp_path):
         beside.write_text(content)
         assert "not the .json of a clip" in play("--again", beside, status=2)
     assert "slow_bells_10.json: not" in play("--again", beside, status=2)
+
+
+def test_a_clip_made_otherwise_is_not_written_over(play, tmp_path):
+    play("bells", "--cfg", 1)
+    first = pcm(tmp_path / "out" / "bells_0.wav")
+    play("bells", "--cfg", 5)
+    play("bells", "--cfg", 1)
+    assert names(tmp_path / "out") == ["bells_0.wav", "bells_0_2.wav"]
+    np.testing.assert_array_equal(pcm(tmp_path / "out" / "bells_0.wav"), first)
+    play("bells", "--out", tmp_path / "a.flac")
+    assert json.loads((tmp_path / "a.json").read_text())["format"] == "flac"
+    play("--again", tmp_path / "a.json", "--out", tmp_path / "again")
+    np.testing.assert_allclose(pcm(tmp_path / "again" / "bells_0.flac"), pcm(tmp_path / "a.flac"), atol=2)
+
+
+def test_odd_requests_get_one_line(play, tmp_path):
+    (tmp_path / "folder.wav").mkdir()
+    for args, said in (
+        (["--out", tmp_path / "a.m4a"], "is no format that can be written"),
+        (["--out", tmp_path / "folder.wav"], "folder.wav: is a folder"),
+        (["--seed", "99999999999999999999"], "must lie between 0 and 2^62"),
+        (["--seed=-1"], "must lie between 0 and 2^62"),
+        (["--style_books", 2], "which is not given"),
+        (["--out", "caf\udce9"], "holds bytes that are no text"),
+    ):
+        output = play("bells", *args, status=2)
+        assert said in output and output.count("\n") == 1, output
+    play("bells")
+    beside = tmp_path / "out" / "bells_0.json"
+    assert "give options only" in play("--again", beside, "other caption", status=2)
+    about = json.loads(beside.read_text())
+    for key, value in (("duration", None), ("caption", None), ("checkpoint", 3), ("seed", "x")):
+        beside.write_text(json.dumps({**about, key: value}))
+        assert f'"{key}" is {value!r}' in play("--again", beside, status=2)
+
+
+def test_audio_shorter_than_a_sample_of_the_codec(play, tmp_path):
+    soundfile.write(tmp_path / "tick.wav", np.ones(5) / 2, 192_000)
+    assert "tick.wav: too short" in play("bells", "--continue", tmp_path / "tick.wav", status=2)
 
 
 def test_captions_from_a_file_and_takes_of_each(play, tmp_path):
@@ -336,7 +375,7 @@ def test_any_mix_of_conditions(of_all_conditions, command, tmp_path):
             assert np.abs(clips[a][0] - clips[b][0]).max() > 100, (a, b)
     assert "tune.wav, 0.7 s: resampled from 22050 to 16000 Hz; repeated to 1 s" in clips["melody"][1]
     assert "other.wav, 3.0 s: cut to 1 s" in clips["other"][1]
-    assert "other.wav, 3.0 s: its middle 1 s are taken" in clips["style"][1]
+    assert "other.wav, 3.0 s: its middle 0.5 s are taken" in clips["style"][1]
     assert "no caption: by melody alone" in clips["alone"][1]
     about = json.loads((tmp_path / "all.json").read_text())
     assert about["melody"] == str(tune) and about["style"] == str(other) and len(about["style_sha256"]) == 64

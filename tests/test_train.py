@@ -16,6 +16,7 @@ import soundfile
 import torch
 from conftest import ROOT, TOY, finish, start
 
+import data
 import sample
 import train
 from model import load_model
@@ -216,6 +217,32 @@ def test_a_finished_run_without_its_best_or_with_fewer_steps_asked(dataset, tmp_
     assert status == 2 and "best.pt: no such checkpoint" in output
     status, output = command(train, *args, "--steps=9")
     assert status == 0 and torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 9
+
+
+def test_a_folder_of_a_run_whose_last_is_gone_is_refused(dataset, tmp_path, command):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
+    assert command(train, *args)[0] == 0
+    (tmp_path / "last.pt").unlink()
+    status, output = command(train, *args)
+    assert status == 2 and "best.pt: of a run whose last.pt is gone" in output
+
+
+def test_a_run_that_diverges_stops_before_the_good_weights_are_lost(dataset, tmp_path, command):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
+    assert command(train, *args)[0] == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    status, output = command(train, *args, "--steps=60", "--epoch=60", "--lr=30")
+    assert status == 2 and "a lower --lr may help. The weights were not touched" in output
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert command(train, *args, "--steps=8", "--lr=1e-4")[0] == 0
+
+
+def test_another_tokenizer_is_another_model(dataset, own_dataset, tmp_path, command):
+    args = [*TOY, f"--out={tmp_path / 'out'}", "--samples=0"]
+    assert command(train, *args, f"--data={dataset}")[0] == 0
+    (own_dataset / "tokenizer.model").write_bytes(data.train_tokenizer([], 300))
+    status, output = command(train, *args, f"--data={own_dataset}")
+    assert status == 2 and f"the tokenizer is not that of {own_dataset}" in output
 
 
 def test_kept_checkpoints_are_never_written_over(dataset, tmp_path, command):

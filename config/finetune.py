@@ -1,0 +1,24 @@
+"""MusicGen small's published weights, taught one's own captions.
+
+    python data.py prepare MUSIC --out data/music --codec musicgen_32khz --codec_weights CODEC
+    python train.py config/finetune.py --codec_weights=CODEC --init_from=musicgen:SMALL
+    python train.py config/finetune.py --codec_weights=CODEC --init_from=out/finetune/best.pt --freeze= --lr=1e-5
+        --out=out/finetuned
+
+The first run trains the text embedder alone, which starts anew in T5's place; the second all of the model.
+"""
+
+from config.small import *  # noqa: F403
+
+out = "out/finetune"
+codec = "musicgen_32khz"
+freeze = ("embed*", "blocks.*", "norm.*", "heads*")
+batch_size = 16
+micro_batch = 4
+steps = 5000
+lr = 3e-4
+warmup = 200
+epoch = 500
+ema_decay = 0.99
+generate_every = 1
+valid_items = 256

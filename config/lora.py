@@ -1,0 +1,12 @@
+"""MusicGen small's published weights with low-rank matrices learned beside them: a fine-tune for a 16 GB GPU.
+
+python train.py config/lora.py --codec_weights=CODEC --init_from=musicgen:SMALL
+"""
+
+from config.finetune import *  # noqa: F403
+
+out = "out/lora"
+lora_rank = 16
+lora_alpha = 16.0
+lora_targets = ("qkv", "attn_out", "cross_q", "cross_kv", "cross_out")
+freeze = ("embed*", "blocks.*weight", "blocks.*bias", "norm.*", "heads*")

@@ -1,0 +1,79 @@
+"""What a run will take, before it is begun: parameters, operations, memory by part, time. Allocates no weights.
+
+    python train.py config/small.py --estimate=8             # by eight processes
+    python train.py config/large.py --estimate=64 --parallel=fsdp --activation_checkpointing=True --mfu=0.35
+
+Letters: B items that a device holds at once, K codebooks, S sequence steps, D model width.
+"""
+
+from pathlib import Path
+
+import torch
+
+import data
+from codec import describe_codec
+from model import PEAK_TFLOPS, MusicLM, peak_flops, pick_device
+from patterns import make_pattern
+
+VOCABULARY = 1000  # of the captions' tokenizer, where no data is prepared yet
+ASSUMED = "H100"  # where this machine's own device is not known
+
+
+def activation_bytes(s, rows, low):
+    """Bytes that autograd keeps of one block for `rows` steps of one item, `low` bytes a number in matrix products.
+
+    The residual stream is in float32 and is kept before each of the three norms. Kept for the products: the norms'
+    outputs (3 D), q, k, v, the cross-attention's q (4 D), both attentions' outputs (2 D), and the feed-forward before
+    and after its GELU (8 D). Attention keeps no S x S matrix (arXiv:2205.14135).
+    """
+    return rows * s.dim * (3 * 4 + 17 * low)
+
+
+def estimate(s):
+    """-> ({part: bytes on each device}, lines to print), from settings alone, or the data set where it is prepared."""
+    there = Path(s.data, "meta.json").exists()
+    codec = data.load_meta(s.data)["codec"] if there else describe_codec(s.codec)
+    tokenizer = Path(s.data, "tokenizer.model").read_bytes() if there else data.train_tokenizer([], VOCABULARY)
+    device, dtype = pick_device(s.device, s.dtype)
+    with torch.device("meta"):
+        model = MusicLM(s, codec, tokenizer)
+        if not there:
+            model.conditioner.text.embed = torch.nn.Embedding(VOCABULARY, s.text_dim)
+        model.freeze(s.freeze)
+    everything = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    matrices = sum(p.numel() for part in (model.blocks, model.heads) for p in part.parameters())
+    ranks, low = s.estimate, 4 if dtype == torch.float32 else 2
+    shards = ranks if s.parallel == "fsdp" else 1
+    B = s.micro_batch or s.batch_size // ranks
+    S = make_pattern(s.pattern, model.K, model.trained_frames, model.delays, training=True).S - 1
+    block = activation_bytes(s, S + model.conditioner.rows, low)
+    kept = (len(model.blocks) * 4 * s.dim * (S + model.conditioner.rows) + block if s.activation_checkpointing
+            else len(model.blocks) * block)  # fmt: skip
+    copies = 0 if low == 4 else low * matrices
+    if shards > 1:  # of the blocks, one by one; two at once, as the next is fetched ahead
+        copies = low * (matrices if not s.reshard_after_forward else 2 * matrices // len(model.blocks))
+    memory = {
+        "weights": 4 * everything / shards,
+        "gradients": 4 * trained / shards,
+        "optimizer": 8 * trained / shards,
+        "EMA": 4 * everything / shards,
+        "weights to compute with": copies,
+        "activations": B * kept,
+        "logits": B * S * model.K * model.card * (2 * 4 + low),  # log-probabilities, and their gradient twice
+    }
+    flops, peak = model.flops(), peak_flops(device, dtype)
+    name = torch.cuda.get_device_name(device) if peak else ASSUMED
+    peak = peak or 1e12 * PEAK_TFLOPS[ASSUMED]
+    seconds = flops * s.batch_size * s.steps / (peak * ranks * s.mfu)
+    lines = [f"{everything / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M of them trained; codec {codec['name']}, K"
+             f" {model.K}, card {model.card}" + ("" if there else f"; {s.data} is not there, so its captions are taken"
+             f" to have a vocabulary of {VOCABULARY}"),
+             f"{flops / (model.K * model.trained_frames) / 1e9:,.3f} GFLOP a token, forward and backward;"
+             f" {flops * s.batch_size / 1e12:,.1f} TFLOP a step of {s.batch_size} x {s.segment:g} s",
+             f"memory of each of {ranks} devices, {s.parallel}, {B} items at once in {str(dtype)[6:]}:"]  # fmt: skip
+    lines += [f"  {part:24}{size / 2**30:8.2f} GiB" for part, size in memory.items()]
+    lines += [f"  {'in all':24}{sum(memory.values()) / 2**30:8.2f} GiB, and what the allocator and the device need",
+              f"time: {s.steps:,} steps at {100 * s.mfu:g} % of {ranks} x {peak / 1e12:g} TFLOP/s ({name}):"
+              f" {seconds / 3600:,.1f} hours, without validation and samples"]  # fmt: skip
+    return memory, lines

@@ -1,0 +1,276 @@
+"""The reference's weight files, in and out: MusicGen's language model and codec, as audiocraft and Hugging Face do.
+
+    init_from = 'musicgen:PATH'                      # a language model's: what train.py begins with
+    codec = 'musicgen_32khz', codec_weights = PATH   # its codec's
+    python model.py export out/NAME/best.pt DIR --format hf
+
+PATH is a file, a folder that holds it, or hf:OWNER/NAME, which is downloaded where huggingface_hub is installed:
+
+    audiocraft     state_dict.bin, compression_state_dict.bin: a pickle of {"best_state": tensors, "xp.cfg": settings}
+    Hugging Face   *.safetensors of MusicgenForConditionalGeneration, MusicgenForCausalLM, or EncodecModel
+
+A pickle is read with weights_only=True. Older ones hold their settings as omegaconf's objects; the few classes that
+those consist of (CONFIG_CLASSES) are let through, each as an inert stand-in that runs no code and is thrown away.
+
+Letters: K codebooks, D model width, `card` codes in a codebook.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from config import UserError
+
+CONFIG_CLASSES = """omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig omegaconf.base.ContainerMetadata
+    omegaconf.base.Metadata omegaconf.nodes.AnyNode omegaconf.nodes.StringNode omegaconf.nodes.IntegerNode
+    omegaconf.nodes.FloatNode omegaconf.nodes.BooleanNode typing.Any builtins.dict builtins.list builtins.int
+    builtins.str collections.defaultdict""".split()
+
+# Groups of tensors in a block: ours, audiocraft's, Hugging Face's. One below another they are the same matrix.
+BLOCK = (
+    ("qkv.weight", "self_attn.in_proj_weight",
+     "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight"),
+    ("attn_out.weight", "self_attn.out_proj.weight", "self_attn.out_proj.weight"),
+    ("cross_q.weight cross_kv.weight", "cross_attention.in_proj_weight",
+     "encoder_attn.q_proj.weight encoder_attn.k_proj.weight encoder_attn.v_proj.weight"),
+    ("cross_out.weight", "cross_attention.out_proj.weight", "encoder_attn.out_proj.weight"),
+    ("up.weight", "linear1.weight", "fc1.weight"),
+    ("down.weight", "linear2.weight", "fc2.weight"),
+    ("norm1.weight", "norm1.weight", "self_attn_layer_norm.weight"),
+    ("norm1.bias", "norm1.bias", "self_attn_layer_norm.bias"),
+    ("norm2.weight", "norm_cross.weight", "encoder_attn_layer_norm.weight"),
+    ("norm2.bias", "norm_cross.bias", "encoder_attn_layer_norm.bias"),
+    ("norm3.weight", "norm2.weight", "final_layer_norm.weight"),
+    ("norm3.bias", "norm2.bias", "final_layer_norm.bias"),
+)  # fmt: skip
+CROSS = ("cross_", "norm2.")  # how the names of a block's cross-attention begin
+LAYOUTS = {"audiocraft": 1, "hf": 2}  # which column of the table
+
+
+class Inert:
+    """Stands for an object of the reference's settings: takes whatever it is given, and does nothing with it."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def groups(layout, layers, K):
+    """[(our names, their names)] of the whole language model."""
+    column, found = LAYOUTS[layout], []
+    block = ("", "transformer.layers.", "model.decoder.layers.")[column]
+    embed = ("", "emb", "model.decoder.embed_tokens")[column]
+    norm = ("", "out_norm", "model.decoder.layer_norm")[column]
+    heads = ("", "linears", "lm_heads")[column]
+    for layer in range(layers):
+        for row in BLOCK:
+            ours, theirs = ([f"{layer}.{name}" for name in row[side].split()] for side in (0, column))
+            found.append(([f"blocks.{name}" for name in ours], [block + name for name in theirs]))
+    found += [([f"norm.{part}"], [f"{norm}.{part}"]) for part in ("weight", "bias")]
+    found += [([f"{ours}.weight"], [f"{theirs}.{k}.weight" for k in range(K)])
+              for ours, theirs in (("embed", embed), ("heads", heads))]  # fmt: skip
+    return found
+
+
+def below(prefix, state):
+    """What stands under a prefix in a state dict, without it; all of it if nothing does."""
+    found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return found or state
+
+
+def locate(path, names):
+    """The files that `path` means: itself, those of its folder that match the first of the patterns to match any."""
+    if str(path).startswith("hf:"):
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError:
+            raise UserError(f"{path}: needs huggingface_hub; pip install it, or give a local path") from None
+        try:
+            path = snapshot_download(str(path)[3:], allow_patterns=list(names))
+        except Exception as error:
+            raise UserError(f"{path}: cannot be downloaded ({str(error).splitlines()[0][:100]})") from None
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    for pattern in names:
+        if found := sorted(path.glob(pattern)):
+            return found
+    raise UserError(f"{path}: no such file, nor a folder with {' or '.join(names)}")
+
+
+def read(path, *names):
+    """Weights of either layout -> ({name: tensor}, the settings that lie in or beside them, as text)."""
+    files, state, settings = locate(path, names), {}, ""
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                state |= safetensors.torch.load_file(file)
+                continue
+            with torch.serialization.safe_globals([(Inert, name) for name in CONFIG_CLASSES]):
+                saved = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(f"{file}: cannot be read as weights ({str(error).splitlines()[0][:150]})") from None
+        if isinstance(saved, dict) and "pretrained" in saved:
+            raise UserError(f"{file}: only names the weights, {saved['pretrained']}; give those")
+        state |= saved.get("best_state", saved) if isinstance(saved, dict) else {}
+        settings = str(saved.get("xp.cfg", "")) if isinstance(saved, dict) else ""
+    if (beside := files[0].with_name("config.json")).is_file():
+        settings += beside.read_text(encoding="utf-8", errors="replace")
+    if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(f"{files[0]}: holds no weights; the reference's state_dict.bin or safetensors are needed")
+    return state, settings
+
+
+def some(names):
+    names = sorted(names)
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+# ---------------------------------------------------------------------------------------------------- language model
+
+
+def read_lm(path, wanted):
+    """A published language model -> {our name: float32 tensor}.
+
+    wanted: {our name: tensor}, of which only the shapes are looked at. Conditioners in the file are passed over.
+    musicgen-melody has no cross-attention; it gets one that adds nothing.
+    Raises UserError if names are missing or left over, or shapes differ, with the sizes that were found.
+    """
+    state, _ = read(path, "state_dict.bin", "model*.safetensors")
+    if any(name.startswith("decoder.model.decoder.") for name in state):  # beside a text encoder and a codec
+        state = below("decoder.", state)
+    aside = ("condition_provider.", "model.decoder.embed_positions.")
+    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(aside)}
+    layout = "audiocraft" if "emb.0.weight" in state else "hf"
+    first = {"audiocraft": "emb.0.weight", "hf": "model.decoder.embed_tokens.0.weight"}[layout]
+    if first not in state:
+        raise UserError(f"{path}: not a MusicGen language model; its names are {some(state)}")
+
+    def counted(pattern):
+        return 1 + max((int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1)
+
+    K, layers = counted(r"(?:emb|model\.decoder\.embed_tokens)\.(\d+)\."), counted(r".*\blayers\.(\d+)\.")
+    theirs = dict(dim=state[first].shape[1], layers=layers, K=K, card=state[first].shape[0] - 1)
+    embed, heads = wanted["embed.weight"].shape[0], wanted["heads.weight"].shape[0]  # K (card + 1) and K card
+    ours = dict(dim=wanted["embed.weight"].shape[1], layers=sum(name.endswith("qkv.weight") for name in wanted),
+                K=embed - heads, card=heads // (embed - heads))  # fmt: skip
+    if other := [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key]]:
+        raise UserError(f"{path}: holds a model of other sizes than the settings and the codec: {'; '.join(other)}")
+
+    found, missing = {}, []
+    table = groups(layout, layers, K)
+    without_cross = not any("cross_attention" in name or "encoder_attn" in name for name in state)
+    for mine, names in table:
+        if without_cross and mine[0].split(".", 2)[-1].startswith(CROSS):
+            if mine[0].endswith("cross_out.weight"):
+                found[mine[0]] = torch.zeros(wanted[mine[0]].shape)
+        elif absent := [name for name in names if name not in state]:
+            missing += absent
+        else:
+            whole = torch.cat([state.pop(name) for name in names])
+            sizes = [wanted[name].shape[0] for name in mine]
+            if len(whole) != sum(sizes) or whole.shape[1:] != wanted[mine[0]].shape[1:]:
+                raise UserError(f"{path}: {names[0]} is {list(whole.shape)} in all, {mine[0]} needs {sizes}")
+            found |= dict(zip(mine, whole.split(sizes)))
+    if missing or state:
+        wrong = [f"missing {some(missing)}"] * bool(missing) + [f"left over {some(state)}"] * bool(state)
+        raise UserError(f"{path}: not the weights of a whole model: {'; '.join(wrong)}")
+    return found
+
+
+def export_lm(model, ours, settings, folder, layout):
+    """Writes a MusicLM's decoder, with the weights `ours`, as `layout` has it into `folder`; returns the path.
+
+    hf: MusicgenForCausalLM.from_pretrained(folder). audiocraft: loaders.load_lm_model(folder), whose text is given as
+    condition_tensors={"description": (states [B, L, D], mask [B, L])}. Neither has a place for the conditioners.
+    """
+    if model.pattern_name != "delay":
+        raise UserError(f"the '{model.pattern_name}' pattern: those programs generate in the delay pattern only")
+    folder, theirs = Path(folder), {}
+    layers, heads, D = settings.layers, settings.heads, settings.dim
+    for mine, names in groups(layout, layers, model.K):
+        whole = torch.cat([ours[name] for name in mine])
+        theirs |= {name: part.contiguous() for name, part in zip(names, whole.chunk(len(names)))}
+    folder.mkdir(parents=True, exist_ok=True)
+    if layout == "audiocraft":
+        config = dict(
+            device="cpu", dtype="float32", lm_model="transformer_lm", dataset=dict(segment_duration=settings.segment),
+            transformer_lm=dict(
+                dim=D, num_heads=heads, num_layers=layers, n_q=model.K, card=model.card, hidden_scale=4, dropout=0.0,
+                emb_lr=None, activation="gelu", norm_first=True, bias_ff=False, bias_attn=False, bias_proj=False,
+                past_context=None, causal=True, custom=False, memory_efficient=True, attention_as_float32=False,
+                positional_embedding="sin", xpos=False, checkpointing="none", weight_init="gaussian",
+                depthwise_init="current", zero_bias_init=True, norm="layer_norm", cross_attention=True,
+                qk_layer_norm=False, qk_layer_norm_cross=False, attention_dropout=None, kv_repeat=1,
+                two_step_cfg=False, layer_scale=None,
+            ),
+            codebooks_pattern=dict(
+                modeling="delay", delay=dict(delays=list(model.delays), flatten_first=0, empty_initial=0)
+            ),
+            classifier_free_guidance=dict(training_dropout=settings.cfg_dropout, inference_coef=settings.cfg),
+            attribute_dropout={}, conditioners={},
+            fuser=dict(cross=["description"], sum=[], prepend=[], input_interpolate=[],
+                       cross_attention_pos_emb=False, cross_attention_pos_emb_scale=1),
+        )  # fmt: skip
+        path = folder / "state_dict.bin"  # JSON is YAML, which is what the reference reads there
+        torch.save({"best_state": theirs, "xp.cfg": json.dumps(config), "version": "1.3.0", "exported": True}, path)
+        return path
+    path = folder / "model.safetensors"
+    safetensors.torch.save_file(theirs, path, {"format": "pt"})
+    config = dict(
+        architectures=["MusicgenForCausalLM"], model_type="musicgen_decoder", vocab_size=model.card,
+        num_codebooks=model.K, hidden_size=D, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * D,
+        activation_function="gelu", scale_embedding=False, max_position_embeddings=2048, dropout=0.0,
+        attention_dropout=0.0, activation_dropout=0.0, layerdrop=0.0, pad_token_id=model.card, bos_token_id=model.card,
+        tie_word_embeddings=False, audio_channels=1 + (model.delays[:2] == (0, 0)), torch_dtype="float32",
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- codec
+
+
+def read_codec(path, build):
+    """MusicGen's codec -> a model of encodec's modules with the weights of either layout.
+
+    build(n_filters, dimension, card, K, pad_mode) makes it; its sizes are read off the weights. Raises UserError as
+    `read_lm`, and for a codec that renormalises loudness.
+    """
+    state, settings = read(path, "compression_state_dict.bin", "model*.safetensors")
+    if re.search(r"\brenormalize: true|\"normalize\": true", settings):
+        raise UserError(
+            f"{path}: a codec that renormalises loudness (48 kHz): it needs a scale beside its codes, for which the"
+            f" language model has no place; musicgen_32khz needs facebook/encodec_32khz"
+        )
+    state = below("audio_encoder.", state)  # beside a language model
+    found = {}
+    for name, tensor in state.items():
+        if not name.startswith(("encoder.model.", "decoder.model.", "quantizer.vq.")):  # Hugging Face's
+            name = name.replace("parametrizations.weight.original0", "weight_g")
+            name = name.replace("parametrizations.weight.original1", "weight_v")
+            name = name.replace(".codebook.", "._codebook.").replace("quantizer.layers", "quantizer.vq.layers")
+            name = re.sub(r"^(encoder|decoder)\.layers", r"\1.model", name)
+            name = re.sub(r"^(decoder\.model\.(?:3|6|9|12))\.conv\.", r"\1.convtr.convtr.", name)
+            name = re.sub(r"\.conv\.(bias|weight_.)$", r".conv.conv.\1", name)
+        found[name] = tensor.float()
+    books = [tensor for name, tensor in found.items() if name.endswith("_codebook.embed")]
+    first = found.get("encoder.model.0.conv.conv.weight_v")
+    if first is None or not books:
+        raise UserError(f"{path}: not the weights of musicgen_32khz; its names are {some(state)}")
+    pads = re.search(r"pad_mode\W+(reflect|constant)", settings)
+    model = build(first.shape[0], books[0].shape[1], books[0].shape[0], len(books), pads[1] if pads else "reflect")
+    wanted = model.state_dict()
+    missing, left = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    other = [f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}"
+             for name in wanted.keys() & found.keys() if found[name].shape != wanted[name].shape]  # fmt: skip
+    if missing or left or other:
+        wrong = [f"missing {some(missing)}"] * bool(missing) + [f"left over {some(left)}"] * bool(left)
+        raise UserError(f"{path}: not the weights of musicgen_32khz: {'; '.join(wrong + sorted(other)[:2])}")
+    model.load_state_dict(found)
+    return model
