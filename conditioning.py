@@ -356,12 +356,13 @@ class Conditioner(nn.Module):
 
     def positions(self, device):
         """Where the prepended rows stand, float [P], in steps of the sequence. They share its positions, not shift it:
-        a row of the melody is found where its own frame is (NOTES.md).
+        a row of the melody is found where its own frame is. A style has no place; its rows all stand at 0 (NOTES.md).
         """
-        places = [
-            (torch.arange(embedder.rows, device=device) + 0.5) * embedder.stride for embedder in self.prepended.values()
-        ]
-        return self.steps_per_frame * torch.cat([torch.zeros(0, device=device), *places])
+        places = [torch.zeros(0, device=device)]
+        for name, embedder in self.prepended.items():
+            row = torch.arange(embedder.rows, device=device)
+            places.append((row + 0.5) * embedder.stride * self.steps_per_frame if name == "melody" else 0.0 * row)
+        return torch.cat(places)
 
     def forward(self, inputs):
         """-> cross-attention states [B, L, D], their mask bool [B, L], and the rows to prepend [B, P, D]."""

@@ -37,7 +37,7 @@ FLOOR = -80  # dB below a full-scale sine, where the scale of every picture begi
 FEW = 12  # epochs that a list shows before it folds itself up
 CLIPS = {"reference": "reference", "codec": "through the codec", "continued": "continuation", "free": "free generation"}
 MEASURES = (  # title, unit, key in the history, {key of a level to compare with: its name}
-    ("conditioning gain", "nats, ce(null) − ce(text)", "gain", {}),
+    ("conditioning gain", "nats, ce(null) − ce(conditioned)", "gain", {}),
     ("caption adherence", "share of clips", "adherence", {"adherence_chance": "chance", "adherence_real": "real"}),
     ("Fréchet audio distance", "codec latents", "fad", {"fad_real": "real against real"}),
     ("chroma similarity", "to the reference", "chroma", {"chroma_chance": "chance"}),

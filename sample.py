@@ -34,8 +34,20 @@ import torch
 from tqdm import tqdm
 
 import config
+import distributed
+import metrics
 import report
-from codec import FORMATS, decode_stream, encode_long, file_name, first_line, load_audio, load_codec, write_audio
+from codec import (
+    FORMATS,
+    decode_stream,
+    encode_long,
+    file_name,
+    first_line,
+    load_audio,
+    load_codec,
+    write_audio,
+    write_wav,
+)
 from conditioning import CHROMA_RATE, INFERENCE_BOOKS, SILENCE, melody_of
 from config import UserError
 from loudness import level
@@ -352,6 +364,47 @@ def write_clip(path, wav, codec, caption, seed, common, spectrogram, keep):
     if spectrogram:
         config.write_file(path.with_suffix(".png"), report.png(report.spectrogram(path, codec.sample_rate)))
     tqdm.write(f"wrote {path}{note}", file=sys.stdout)
+
+
+def write_samples(out, step, model, codec, valid_data, s):
+    """Clips for the first held-out captions, the same captions and seeds every time: generated freely, and going on
+    from the first quarter of the held-out music; beside them, that music itself and what the codec makes of it.
+
+    Returns what the listening page needs to know of each clip, on every rank; paths are relative to `out`.
+    """
+    T, tracks = model.trained_frames, valid_data.tracks[: s.samples]
+    real = valid_data.whole([(track, 0) for track in tracks], T, s)
+    lengths = real.valid.sum(1)
+    prompt_frames = max(1, min(T // 4, int(lengths.min())))
+    free = metrics.generate_many(model, real.conditions, T, s.cfg, s, "samples")
+    prompts = real.codes[:, :, :prompt_frames]
+    continued = metrics.generate_many(model, real.conditions, T, s.cfg, s, "continuations", prompts)
+    if distributed.rank() > 0:
+        return []
+    folder, held_out, clips = out / "samples" / f"step_{step:06d}", out / "samples" / "held_out", []
+    folder.mkdir(parents=True, exist_ok=True)
+    held_out.mkdir(exist_ok=True)
+
+    def write(folder, codes_or_wav, seed, suffix):
+        distributed.beat("writing samples")
+        wav = codes_or_wav if codes_or_wav.is_floating_point() else codec.decode(codes_or_wav[None])[0]
+        path = write_wav(folder, tracks[seed]["caption"], seed, wav, codec.sample_rate, suffix)
+        return path.relative_to(out).as_posix()
+
+    for seed, track in enumerate(tracks):
+        codes = real.codes[seed, :, : lengths[seed]]
+        try:
+            reference = load_audio(track["path"], codec.sample_rate, codec.channels)[:, : codes.shape[1] * codec.hop]
+            reference = write(held_out, reference, seed, "")
+        except UserError:  # the music may have been moved since it was encoded
+            reference = None
+        clips.append(dict(
+            caption=track["caption"], seed=seed, free=write(folder, free[seed], seed, ""),
+            continued=write(folder, continued[seed], seed, "_continued"),
+            prompt_seconds=prompt_frames / codec.frame_rate, reference=reference,
+            codec=write(held_out, codes, seed, "_codec"),
+        ))  # fmt: skip
+    return clips
 
 
 def main():

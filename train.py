@@ -31,9 +31,11 @@ import distributed
 import estimate
 import metrics
 import report
-from codec import load_audio, load_codec, write_wav
+import sample
+from checkpoint import read_checkpoint, save_checkpoint
+from codec import load_codec
 from config import UserError
-from model import MusicLM, load_model, merge_lora, peak_flops, pick_device, read_checkpoint, save_checkpoint
+from model import MusicLM, load_model, merge_lora, peak_flops, pick_device
 from weights import read_lm
 
 SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layers text_max_tokens melody style".split()
@@ -59,7 +61,7 @@ def changed_settings(saved, ours):
 
 @torch.no_grad()
 def validate(model, valid_data, s, T, size, device, autocast):
-    """Cross-entropy per codebook over the held-out segments, each rank its share -> (with text, without), [K]."""
+    """Cross-entropy per codebook over the held-out segments, each rank its share: [K] with all conditions and none."""
     total = torch.zeros(3, model.K, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     for batch in valid_data.batches(T, size, s, distributed.rank(), distributed.size()):
         distributed.beat("validating")
@@ -71,47 +73,6 @@ def validate(model, valid_data, s, T, size, device, autocast):
         total[2] += count
     total = distributed.sum_over_ranks(total)
     return (total[0] / total[2]).tolist(), (total[1] / total[2]).tolist()
-
-
-def write_samples(out, step, model, codec, valid_data, s):
-    """Clips for the first held-out captions, the same captions and seeds every time: generated freely, and going on
-    from the first quarter of the held-out music; beside them, that music itself and what the codec makes of it.
-
-    Returns what the listening page needs to know of each clip, on every rank; paths are relative to `out`.
-    """
-    T, tracks = model.trained_frames, valid_data.tracks[: s.samples]
-    real = valid_data.whole([(track, 0) for track in tracks], T, s)
-    lengths = real.valid.sum(1)
-    prompt_frames = max(1, min(T // 4, int(lengths.min())))
-    free = metrics.generate_many(model, real.conditions, T, s.cfg, s, "samples")
-    prompts = real.codes[:, :, :prompt_frames]
-    continued = metrics.generate_many(model, real.conditions, T, s.cfg, s, "continuations", prompts)
-    if distributed.rank() > 0:
-        return []
-    folder, held_out, clips = out / "samples" / f"step_{step:06d}", out / "samples" / "held_out", []
-    folder.mkdir(parents=True, exist_ok=True)
-    held_out.mkdir(exist_ok=True)
-
-    def write(folder, codes_or_wav, seed, suffix):
-        distributed.beat("writing samples")
-        wav = codes_or_wav if codes_or_wav.is_floating_point() else codec.decode(codes_or_wav[None])[0]
-        path = write_wav(folder, tracks[seed]["caption"], seed, wav, codec.sample_rate, suffix)
-        return path.relative_to(out).as_posix()
-
-    for seed, track in enumerate(tracks):
-        codes = real.codes[seed, :, : lengths[seed]]
-        try:
-            reference = load_audio(track["path"], codec.sample_rate, codec.channels)[:, : codes.shape[1] * codec.hop]
-            reference = write(held_out, reference, seed, "")
-        except UserError:  # the music may have been moved since it was encoded
-            reference = None
-        clips.append(dict(
-            caption=track["caption"], seed=seed, free=write(folder, free[seed], seed, ""),
-            continued=write(folder, continued[seed], seed, "_continued"),
-            prompt_seconds=prompt_frames / codec.frame_rate, reference=reference,
-            codec=write(held_out, codes, seed, "_codec"),
-        ))  # fmt: skip
-    return clips
 
 
 def append(path, line):
@@ -176,7 +137,7 @@ def main():
     if not saved and (strays := [*out.glob("best.pt"), *out.glob("step_*.pt")]):
         raise UserError(f"{strays[0]}: of a run whose last.pt is gone; choose another --out, or remove the folder")
     report.import_logger(s.logger)
-    published = s.init_from.partition("musicgen:")[2]
+    published = s.init_from[9:] if s.init_from.startswith("musicgen:") else ""
     parent = read_checkpoint(s.init_from, "best") if s.init_from and not (published or saved) else None
     distributed.refuse_differences(
         **dataclasses.asdict(s), torch_version=torch.__version__, step_of_last_pt=saved and saved["step"]
@@ -315,7 +276,7 @@ def main():
         if s.evaluate_clips and due("evaluate", s.evaluate_every):
             note("evaluate", **metrics.evaluate(load_model(best, device)[0], codec, train_data, valid_data, s))
         if s.samples and due("generate", s.generate_every):
-            note("generate", clips=write_samples(out, step, load_model(best, device)[0], codec, valid_data, s))
+            note("generate", clips=sample.write_samples(out, step, load_model(best, device)[0], codec, valid_data, s))
 
     def write_page():
         if rank == 0:
@@ -461,7 +422,7 @@ def main():
 
     summary = read_checkpoint(best, "best")
     print(f"\nbest at step {summary['step']}: valid ce {summary['ce']:.3f}, ppl {math.exp(summary['ce']):.1f};"
-          f" conditioning gain ce(null) - ce(text) {summary['gain']:.3f}")  # fmt: skip
+          f" conditioning gain ce(null) - ce(conditioned) {summary['gain']:.3f}")  # fmt: skip
     print("codebook   " + "".join(f"{f'q{k + 1}':>8}" for k in range(codec.K)))
     print("valid ce   " + "".join(f"{ce:8.3f}" for ce in summary["ce_q"]))
     print("unigram ce " + "".join(f"{ce:8.3f}" for ce in unigram))

@@ -18,8 +18,8 @@ from test_train import lines, same_run, untimed
 
 import distributed
 import train
+from checkpoint import save_checkpoint
 from config import UserError, check_sizes
-from model import save_checkpoint
 
 KILLS = int(os.environ.get("KILLS", 1))  # 50 take about ten minutes
 

@@ -67,6 +67,16 @@ def batch(model, B=3, T=12):
 
 
 @pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
+def test_a_melody_stands_where_its_frames_do_and_a_style_nowhere(tokenizer, pattern):
+    model = make_model(tokenizer, pattern=pattern, segment=2.0)
+    rows = model.conditioner.prepended["melody"].rows
+    places = model.conditioner.positions("cpu")
+    frames = ((torch.arange(rows) + 0.5) * 50 / 8).long()
+    steps = model.pattern(100).step[:, frames].float().mean(0)
+    assert rows == 16 and (places[:rows] - steps).abs().max() < 1.5 * model.K and not places[rows:].any()
+
+
+@pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
 def test_loss_in_pattern_order_equals_loss_on_aligned_logits(tokenizer, pattern):
     model = make_model(tokenizer, pattern=pattern)
     codes, valid, scored, inputs = batch(model)

@@ -16,9 +16,10 @@ from conftest import ROOT
 
 import config
 import sample
+from checkpoint import save_checkpoint
 from codec import decode_stream, load_codec, write_audio
 from loudness import PEAK_LIMIT, level, loudness, true_peak
-from model import MusicLM, load_model, save_checkpoint
+from model import MusicLM, load_model
 
 
 def sine(hertz, dbfs, seconds, rate=48_000, phase=0.0):

@@ -192,13 +192,14 @@ def test_a_signal_after_the_commit_that_ends_an_epoch_loses_nothing(stage, datas
     """What was not begun yet is made up for on going on."""
     args = [*TOY, f"--data={dataset}", "--generate_every=1"]
     assert command(train, *args, f"--out={tmp_path / 'whole'}")[0] == 0
-    usual = getattr(train, stage)
-    monkeypatch.setattr(train, stage, lambda *rest: signal.raise_signal(signal.SIGTERM) or usual(*rest))
+    module = train if stage == "validate" else sample
+    usual = getattr(module, stage)
+    monkeypatch.setattr(module, stage, lambda *rest: signal.raise_signal(signal.SIGTERM) or usual(*rest))
     status, output = command(train, *args, f"--out={tmp_path / 'parts'}")
     assert status == 128 + signal.SIGTERM and "stopped and committed at step 3" in output
     done = [line["stage"] for line in lines(tmp_path / "parts" / "history.jsonl")]
     assert done == (["valid"] if stage == "validate" else ["valid", "generate"])
-    monkeypatch.setattr(train, stage, usual)
+    monkeypatch.setattr(module, stage, usual)
     assert command(train, *args, f"--out={tmp_path / 'parts'}")[0] == 0
     assert same_run(tmp_path / "whole", tmp_path / "parts") and same_run(
         tmp_path / "whole", tmp_path / "parts", "best.pt"
