@@ -7,3 +7,5 @@ melody = True
 text_dropout = 0.5
 melody_dropout = 0.5
 style_dropout = 0.5
+steps = 3500
+epoch = 875
