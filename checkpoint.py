@@ -8,8 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import distributed
-from codec import first_line
-from config import UserError
+from config import UserError, first_line
 
 CHECKPOINT_FORMAT = 2
 

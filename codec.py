@@ -45,7 +45,7 @@ from encodec import EncodecModel  # noqa: E402
 from encodec.modules import SEANetDecoder, SEANetEncoder  # noqa: E402
 from encodec.quantization import ResidualVectorQuantizer  # noqa: E402
 
-from config import UserError  # noqa: E402
+from config import UserError, first_line  # noqa: E402
 from weights import read_codec  # noqa: E402
 
 TINY_WEIGHTS = Path(__file__).parent / "tiny" / "codec.pt"
@@ -109,10 +109,6 @@ def file_name(caption, seed):
 def write_wav(folder, caption, seed, wav, sample_rate, suffix=""):
     """wav [channels, samples] -> folder/CAPTION_SEED.wav, any `suffix` before the dot; returns the path."""
     return write_audio(Path(folder, f"{file_name(caption, seed)}{suffix}.wav"), wav, sample_rate)
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
 class ConvNeXtBlock(nn.Module):

@@ -42,14 +42,13 @@ from codec import (
     decode_stream,
     encode_long,
     file_name,
-    first_line,
     load_audio,
     load_codec,
     write_audio,
     write_wav,
 )
 from conditioning import CHROMA_RATE, INFERENCE_BOOKS, SILENCE, melody_of
-from config import UserError
+from config import UserError, first_line
 from loudness import level
 from model import load_model, pick_device
 

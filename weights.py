@@ -22,7 +22,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from config import UserError
+from config import UserError, first_line
 
 CONFIG_CLASSES = """omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig omegaconf.base.ContainerMetadata
     omegaconf.base.Metadata omegaconf.nodes.AnyNode omegaconf.nodes.StringNode omegaconf.nodes.IntegerNode
@@ -93,7 +93,7 @@ def locate(path, names):
         try:
             path = snapshot_download(str(path)[3:], allow_patterns=list(names))
         except Exception as error:
-            raise UserError(f"{path}: cannot be downloaded ({str(error).splitlines()[0][:100]})") from None
+            raise UserError(f"{path}: cannot be downloaded ({first_line(error)})") from None
     path = Path(path)
     if path.is_file():
         return [path]
@@ -114,7 +114,7 @@ def read(path, *names):
             with torch.serialization.safe_globals([(Inert, name) for name in CONFIG_CLASSES]):
                 saved = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UserError(f"{file}: cannot be read as weights ({str(error).splitlines()[0][:150]})") from None
+            raise UserError(f"{file}: cannot be read as weights ({first_line(error)})") from None
         if isinstance(saved, dict) and "pretrained" in saved:
             raise UserError(f"{file}: only names the weights, {saved['pretrained']}; give those")
         state |= saved.get("best_state", saved) if isinstance(saved, dict) else {}

@@ -23,6 +23,11 @@ class UserError(ValueError):
     """Bad input. The message is one line that says what was wrong, where, and what to do."""
 
 
+def first_line(error):
+    """What an exception says, on one line of at most 100 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
 @dataclass
 class Settings:
     # The run
