@@ -206,7 +206,7 @@ class Codec:
         self.books, self.K, self.card = books, books * channels, model.quantizer.bins
         self.dim = model.quantizer.dimension * channels
         self.hop = self.sample_rate // self.frame_rate
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(getattr(model, "pad_mode", "").encode())
         for key, tensor in sorted(model.state_dict().items()):
             digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
         self.id = f"{name.split(':')[0]}{'-stereo' * (channels - 1)}-K{self.K}-{digest.hexdigest()[:8]}"
@@ -304,6 +304,8 @@ def describe_codec(name):
     base, *options = name.split(":")
     channels = 1 + (options[-1:] == ["stereo"])
     kbps = ":".join(options[: len(options) - channels + 1])
+    if base == "encodec_48khz":
+        raise UserError(f"codec '{name}': renormalises loudness, for which the language model has no place; take 24khz")
     if base not in CODECS or (kbps and base != "encodec_24khz"):
         raise UserError(
             f"unknown codec '{name}': choose tiny, encodec_24khz[:1.5|3|6|12] or musicgen_32khz, maybe with :stereo"
@@ -347,7 +349,9 @@ def build_musicgen_32khz(n_filters=64, dimension=128, card=2048, K=4, pad_mode="
     sizes = dict(n_filters=n_filters, dimension=dimension, ratios=[8, 5, 4, 4], lstm=2, causal=False, true_skip=True,
                  norm="weight_norm", pad_mode=pad_mode)  # fmt: skip
     quantizer = ResidualVectorQuantizer(dimension=dimension, n_q=K, bins=card)
-    return EncodecModel(SEANetEncoder(**sizes), SEANetDecoder(**sizes), quantizer, [2.2], 32_000, 1)
+    model = EncodecModel(SEANetEncoder(**sizes), SEANetDecoder(**sizes), quantizer, [2.2], 32_000, 1)
+    model.pad_mode = pad_mode
+    return model
 
 
 def load_tiny(path):

@@ -12,7 +12,7 @@ import torch
 
 import data
 from codec import describe_codec
-from model import PEAK_TFLOPS, MusicLM, peak_flops, pick_device
+from model import PEAK_TFLOPS, MusicLM, peak_flops
 from patterns import make_pattern
 
 VOCABULARY = 1000  # of the captions' tokenizer, where no data is prepared yet
@@ -30,11 +30,15 @@ def activation_bytes(s, rows, low):
 
 
 def estimate(s):
-    """-> ({part: bytes on each device}, lines to print), from settings alone, or the data set where it is prepared."""
+    """-> ({part: bytes on each device}, lines to print), from settings alone, or the data set where it is prepared.
+
+    For a GPU: bfloat16 unless the settings say otherwise. Activations that frozen weights need not keep are counted in.
+    """
     there = Path(s.data, "meta.json").exists()
     codec = data.load_meta(s.data)["codec"] if there else describe_codec(s.codec)
     tokenizer = Path(s.data, "tokenizer.model").read_bytes() if there else data.train_tokenizer([], VOCABULARY)
-    device, dtype = pick_device(s.device, s.dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() and s.device in ("auto", "cuda") else "cpu")
+    dtype = torch.bfloat16 if s.dtype == "auto" else getattr(torch, s.dtype)
     with torch.device("meta"):
         model = MusicLM(s, codec, tokenizer)
         if not there:
@@ -62,10 +66,10 @@ def estimate(s):
         "activations": B * kept,
         "logits": B * S * model.K * model.card * (2 * 4 + low),  # log-probabilities, and their gradient twice
     }
-    flops, peak = model.flops(), peak_flops(device, dtype)
+    flops, peak = model.flops(), peak_flops(device, torch.bfloat16)
     name = torch.cuda.get_device_name(device) if peak else ASSUMED
     peak = peak or 1e12 * PEAK_TFLOPS[ASSUMED]
-    seconds = flops * s.batch_size * s.steps / (peak * ranks * s.mfu)
+    hours = flops * s.batch_size * s.steps / (peak * ranks * s.mfu) / 3600
     lines = [f"{everything / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M of them trained; codec {codec['name']}, K"
              f" {model.K}, card {model.card}" + ("" if there else f"; {s.data} is not there, so its captions are taken"
              f" to have a vocabulary of {VOCABULARY}"),
@@ -74,6 +78,6 @@ def estimate(s):
              f"memory of each of {ranks} devices, {s.parallel}, {B} items at once in {str(dtype)[6:]}:"]  # fmt: skip
     lines += [f"  {part:24}{size / 2**30:8.2f} GiB" for part, size in memory.items()]
     lines += [f"  {'in all':24}{sum(memory.values()) / 2**30:8.2f} GiB, and what the allocator and the device need",
-              f"time: {s.steps:,} steps at {100 * s.mfu:g} % of {ranks} x {peak / 1e12:g} TFLOP/s ({name}):"
-              f" {seconds / 3600:,.1f} hours, without validation and samples"]  # fmt: skip
+              f"time: {s.steps:,} steps at {100 * s.mfu:g} % of {ranks} x {peak / 1e12:g} TFLOP/s ({name}, 16 bits):"
+              f" {hours:,.1f} hours, without validation and samples"]  # fmt: skip
     return memory, lines

@@ -5,6 +5,7 @@
     stream     the same, each frame as soon as it is final
 
     python model.py export out/NAME/best.pt DIR --format hf     # for other programs
+    python model.py import WEIGHTS best.pt --codec_weights CODEC     # from them
 
 Letters: B batch, K codebooks, T frames, S sequence steps, D model width, H heads, L condition length, P rows of
 conditions that are prepended to the sequence.
@@ -15,17 +16,20 @@ import argparse
 import fnmatch
 import functools
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import read_checkpoint
+import data
+from checkpoint import read_checkpoint, save_checkpoint
+from codec import load_codec
 from conditioning import CHROMA_RATE, Conditioner
 from config import FIELDS, Settings, UserError, nearest, refuse_unwritable, run
 from patterns import make_pattern
-from weights import LAYOUTS, export_lm
+from weights import LAYOUTS, export_lm, open_lm, read_lm
 
 
 def pick_device(name="auto", dtype="auto"):
@@ -169,7 +173,7 @@ class MusicLM(nn.Module):
         self.K, self.card = codec["K"], codec["card"]
         self.special, self.frame_rate = self.card, codec["frame_rate"]
         channels = codec.get("channels", 1)  # whose codebooks interleave, and of which both stand at the same step
-        self.pattern_name = settings.pattern
+        self.channels, self.pattern_name = channels, settings.pattern
         self.delays = tuple(settings.delays or (k // channels for k in range(self.K)))
         self.activation_checkpointing = settings.activation_checkpointing
         self.trained_frames = round(settings.segment * self.frame_rate)
@@ -214,8 +218,14 @@ class MusicLM(nn.Module):
                 raise UserError(f"freeze: no parameter is called '{pattern}'{nearest(pattern, names)}")
         for name, p in self.named_parameters():
             p.requires_grad_(not any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
-        if not any(p.requires_grad for p in self.parameters()):
+        free = [name for name, p in self.named_parameters() if p.requires_grad]
+        if not free:
             raise UserError("freeze: nothing is left to train")
+        if any(".lora_" in name for name in names) and not any(".lora_" in name for name in free):
+            raise UserError("freeze: the matrices of lora_rank are frozen too; blocks.*weight,blocks.*bias spares them")
+        out = [block.cross_out.weight for block in self.blocks]
+        if not out[0].is_meta and not any(map(torch.any, out)) and not any("cross_out" in name for name in free):
+            raise UserError("freeze: cross_out is all zero, as in a model without text, and would stay so; spare it")
 
     def check_pattern(self):
         with torch.device("cpu"):  # where the weights may be on none yet
@@ -421,14 +431,38 @@ def load_model(path, device="cpu"):
     return model.eval().requires_grad_(False).to(device), settings, saved["codec"]
 
 
+def import_lm(path, checkpoint, codec_weights):
+    """A published language model -> a best.pt that goes on from audio, or plays by itself, but hears no text."""
+    _, _, sizes = open_lm(path)
+    K, card = sizes.pop("K"), sizes.pop("card")
+    codec = load_codec("musicgen_32khz" + ":stereo" * (K == 8), codec_weights)
+    if (codec.K, codec.card) != (K, card):
+        raise UserError(f"{path}: has K {K}, card {card}, and the codec K {codec.K}, card {codec.card}")
+    settings = Settings(**sizes, segment=30.0, codec=codec.name, codec_weights=str(codec_weights))
+    tokenizer = data.train_tokenizer([], 1000)
+    model = MusicLM(settings, codec.about(), tokenizer)
+    model.load_state_dict(read_lm(path, model), strict=False)
+    save_checkpoint(checkpoint, "best", model=model.state_dict(), settings=vars(settings), codec=codec.about(),
+                    tokenizer=tokenizer, step=0)  # fmt: skip
+
+
 def main():
-    parser = argparse.ArgumentParser(description="The decoder of a best.pt for other programs; see weights.py.")
+    parser = argparse.ArgumentParser(description="Models from and for other programs; see weights.py.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("export", help="write its weights as Hugging Face or audiocraft names them")
+    command = commands.add_parser("import", help="make a best.pt of a published MusicGen, without its text encoder")
+    command.add_argument("weights", help="a file, a folder, or hf:facebook/musicgen-small")
+    command.add_argument("checkpoint", help="the best.pt to write")
+    command.add_argument("--codec_weights", required=True, help="of musicgen_32khz: a file, a folder, or hf:...")
+    command = commands.add_parser("export", help="write a best.pt's decoder as Hugging Face or audiocraft names it")
     command.add_argument("checkpoint", help="a best.pt")
     command.add_argument("folder", help="where to")
     command.add_argument("--format", choices=list(LAYOUTS), default="hf", help="default: hf")
     args = parser.parse_args()
+    if "weights" in args:
+        refuse_unwritable(Path(args.checkpoint).parent, "import")
+        Path(args.checkpoint).parent.mkdir(parents=True, exist_ok=True)
+        import_lm(args.weights, args.checkpoint, args.codec_weights)
+        return print(f"wrote {args.checkpoint}, which hears no text yet; for that: config/finetune.py")
     model, settings, _ = load_model(args.checkpoint)
     refuse_unwritable(args.folder, "export")
     path = export_lm(model, merge_lora(model.state_dict(), vars(settings)), settings, args.folder, args.format)

@@ -137,7 +137,7 @@ def main():
     if not saved and (strays := [*out.glob("best.pt"), *out.glob("step_*.pt")]):
         raise UserError(f"{strays[0]}: of a run whose last.pt is gone; choose another --out, or remove the folder")
     report.import_logger(s.logger)
-    published = s.init_from[9:] if s.init_from.startswith("musicgen:") else ""
+    published = s.init_from.startswith("musicgen:")
     parent = read_checkpoint(s.init_from, "best") if s.init_from and not (published or saved) else None
     distributed.refuse_differences(
         **dataclasses.asdict(s), torch_version=torch.__version__, step_of_last_pt=saved and saved["step"]
@@ -179,7 +179,7 @@ def main():
     if s.style:
         model.conditioner.prepended["style"].set_codec(codec)
     if s.init_from and not saved:  # what the file lacks stays as it is: the conditioners, or what LoRA adds
-        state = merge_lora(parent["model"], parent["settings"]) if parent else read_lm(published, model.state_dict())
+        state = merge_lora(parent["model"], parent["settings"]) if parent else read_lm(s.init_from[9:], model)
         model.load_state_dict(state, strict=False)
         print(f"beginning with the weights of {s.init_from}")
     model.freeze(s.freeze)

@@ -10,13 +10,14 @@ PATH is a file, a folder that holds it, or hf:OWNER/NAME, which is downloaded wh
     Hugging Face   *.safetensors of MusicgenForConditionalGeneration, MusicgenForCausalLM, or EncodecModel
 
 A pickle is read with weights_only=True. Older ones hold their settings as omegaconf's objects; the few classes that
-those consist of (CONFIG_CLASSES) are let through, each as an inert stand-in that runs no code and is thrown away.
+those consist of (OMEGACONF) are let through, each as a stand-in that runs no code and keeps what it is given.
 
 Letters: K codebooks, D model width, `card` codes in a codebook.
 """
 
 import json
 import re
+import typing
 from pathlib import Path
 
 import safetensors.torch
@@ -24,10 +25,9 @@ import torch
 
 from config import UserError, first_line
 
-CONFIG_CLASSES = """omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig omegaconf.base.ContainerMetadata
-    omegaconf.base.Metadata omegaconf.nodes.AnyNode omegaconf.nodes.StringNode omegaconf.nodes.IntegerNode
-    omegaconf.nodes.FloatNode omegaconf.nodes.BooleanNode typing.Any builtins.dict builtins.list builtins.int
-    builtins.str collections.defaultdict""".split()
+OMEGACONF = """dictconfig.DictConfig listconfig.ListConfig base.ContainerMetadata base.Metadata nodes.AnyNode
+    nodes.StringNode nodes.IntegerNode nodes.FloatNode nodes.BooleanNode""".split()
+PLAIN = [dict, list, int, str, float, bool, tuple, typing.Any]
 
 # Groups of tensors in a block: ours, audiocraft's, Hugging Face's. One below another they are the same matrix.
 BLOCK = (
@@ -51,13 +51,27 @@ LAYOUTS = {"audiocraft": 1, "hf": 2}  # which column of the table
 
 
 class Inert:
-    """Stands for an object of the reference's settings: takes whatever it is given, and does nothing with it."""
+    """Stands for an object of omegaconf's: keeps its state, and does nothing."""
 
     def __init__(self, *args, **kwargs):
-        pass
+        self.state = {}
 
     def __setstate__(self, state):
-        pass
+        self.state = state if isinstance(state, dict) else {}
+
+
+def plain_dict(*args):
+    """In place of collections.defaultdict, which torch fills with nothing."""
+    return {}
+
+
+def as_text(value):
+    """Settings, plain or of Inert objects, as lines 'key: value'."""
+    if isinstance(value, Inert):
+        value = value.state.get("_content", value.state.get("_val"))
+    if isinstance(value, dict):
+        return "\n" + "".join(f"{key}: {as_text(part)}\n" for key, part in value.items())
+    return ", ".join(map(as_text, value)) if isinstance(value, list) else str(value).lower()
 
 
 def groups(layout, layers, K):
@@ -84,23 +98,25 @@ def below(prefix, state):
 
 
 def locate(path, names):
-    """The files that `path` means: itself, those of its folder that match the first of the patterns to match any."""
-    if str(path).startswith("hf:"):
+    """The files that `path` means: itself, or those of its folder that match the first of the patterns to match any."""
+    hub = str(path).startswith("hf:")
+    if hub:
         try:
             from huggingface_hub import snapshot_download
         except ImportError:
             raise UserError(f"{path}: needs huggingface_hub; pip install it, or give a local path") from None
-        try:
-            path = snapshot_download(str(path)[3:], allow_patterns=list(names))
-        except Exception as error:
-            raise UserError(f"{path}: cannot be downloaded ({first_line(error)})") from None
-    path = Path(path)
-    if path.is_file():
-        return [path]
+    elif Path(path).is_file():
+        return [Path(path)]
     for pattern in names:
-        if found := sorted(path.glob(pattern)):
+        folder = path
+        if hub:
+            try:
+                folder = snapshot_download(str(path)[3:], allow_patterns=[pattern, "config.json"])
+            except Exception as error:
+                raise UserError(f"{path}: cannot be downloaded ({first_line(error)})") from None
+        if found := sorted(Path(folder).glob(pattern)):
             return found
-    raise UserError(f"{path}: no such file, nor a folder with {' or '.join(names)}")
+    raise UserError(f"{path or 'nothing'}: no such file, nor a folder with {' or '.join(names)}")
 
 
 def read(path, *names):
@@ -111,17 +127,24 @@ def read(path, *names):
             if file.suffix == ".safetensors":
                 state |= safetensors.torch.load_file(file)
                 continue
-            with torch.serialization.safe_globals([(Inert, name) for name in CONFIG_CLASSES]):
+            allowed = [(Inert, f"omegaconf.{name}") for name in OMEGACONF]
+            with torch.serialization.safe_globals([*PLAIN, (plain_dict, "collections.defaultdict"), *allowed]):
                 saved = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise UserError(f"{file}: cannot be read as weights ({first_line(error)})") from None
-        if isinstance(saved, dict) and "pretrained" in saved:
+            refused = re.search(r"GLOBAL (\S+)", str(error))
+            why = (
+                f"holds an object of {refused[1]}, which is not let through" if refused else "truncated, or no weights"
+            )
+            raise UserError(f"{file}: cannot be read as weights: {why}") from None
+        saved = saved if isinstance(saved, dict) else {}
+        if "pretrained" in saved:
             raise UserError(f"{file}: only names the weights, {saved['pretrained']}; give those")
-        state |= saved.get("best_state", saved) if isinstance(saved, dict) else {}
-        settings = str(saved.get("xp.cfg", "")) if isinstance(saved, dict) else ""
+        best = saved.get("best_state", saved)
+        state |= best if isinstance(best, dict) else {}
+        settings = as_text(saved.get("xp.cfg", ""))
     if (beside := files[0].with_name("config.json")).is_file():
         settings += beside.read_text(encoding="utf-8", errors="replace")
-    if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not state or not all(isinstance(k, str) and isinstance(tensor, torch.Tensor) for k, tensor in state.items()):
         raise UserError(f"{files[0]}: holds no weights; the reference's state_dict.bin or safetensors are needed")
     return state, settings
 
@@ -134,49 +157,65 @@ def some(names):
 # ---------------------------------------------------------------------------------------------------- language model
 
 
-def read_lm(path, wanted):
-    """A published language model -> {our name: float32 tensor}.
+def open_lm(path):
+    """A published language model -> (its layout, {their name: float32 tensor}, sizes: dim, heads, layers, K, card).
 
-    wanted: {our name: tensor}, of which only the shapes are looked at. Conditioners in the file are passed over.
-    musicgen-melody has no cross-attention; it gets one that adds nothing.
-    Raises UserError if names are missing or left over, or shapes differ, with the sizes that were found.
+    Conditioners in the file are passed over. The published models' heads are 64 wide, where no settings say otherwise.
     """
-    state, _ = read(path, "state_dict.bin", "model*.safetensors")
+    state, settings = read(path, "state_dict.bin", "model*.safetensors")
     if any(name.startswith("decoder.model.decoder.") for name in state):  # beside a text encoder and a codec
         state = below("decoder.", state)
     aside = ("condition_provider.", "model.decoder.embed_positions.")
     state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(aside)}
     layout = "audiocraft" if "emb.0.weight" in state else "hf"
-    first = {"audiocraft": "emb.0.weight", "hf": "model.decoder.embed_tokens.0.weight"}[layout]
-    if first not in state:
-        raise UserError(f"{path}: not a MusicGen language model; its names are {some(state)}")
+    first = state.get({"audiocraft": "emb.0.weight", "hf": "model.decoder.embed_tokens.0.weight"}[layout])
+    if first is None or first.dim() != 2:
+        raise UserError(
+            f"{path}: not a MusicGen language model (of several files, give the folder); its names are {some(state)}"
+        )
 
     def counted(pattern):
         return 1 + max((int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1)
 
-    K, layers = counted(r"(?:emb|model\.decoder\.embed_tokens)\.(\d+)\."), counted(r".*\blayers\.(\d+)\.")
-    theirs = dict(dim=state[first].shape[1], layers=layers, K=K, card=state[first].shape[0] - 1)
-    embed, heads = wanted["embed.weight"].shape[0], wanted["heads.weight"].shape[0]  # K (card + 1) and K card
-    ours = dict(dim=wanted["embed.weight"].shape[1], layers=sum(name.endswith("qkv.weight") for name in wanted),
-                K=embed - heads, card=heads // (embed - heads))  # fmt: skip
+    card, dim = first.shape[0] - 1, first.shape[1]
+    key = {"audiocraft": "num_heads", "hf": "num_attention_heads"}[layout]
+    heads = re.search(rf'\b{key}"?: (\d+)', settings)
+    return layout, state, dict(
+        dim=dim, heads=int(heads[1]) if heads else max(1, dim // 64), layers=counted(r".*\blayers\.(\d+)\."),
+        K=counted(r"(?:emb|model\.decoder\.embed_tokens)\.(\d+)\."), card=card,
+    )  # fmt: skip
+
+
+def read_lm(path, model):
+    """A published language model -> {our name: float32 tensor}, for `model`, a MusicLM of its sizes.
+
+    The text embedder begins so that it says nothing: whatever the caption, the model is the published one without text.
+    musicgen-melody has no cross-attention; it gets one that adds nothing.
+    Raises UserError if names are missing or left over, or shapes differ, with the sizes that were found.
+    """
+    layout, state, theirs = open_lm(path)
+    ours = dict(dim=model.embed.embedding_dim, heads=model.blocks[0].heads, layers=len(model.blocks), K=model.K,
+                card=model.card)  # fmt: skip
     if other := [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key]]:
         raise UserError(f"{path}: holds a model of other sizes than the settings and the codec: {'; '.join(other)}")
 
-    found, missing = {}, []
-    table = groups(layout, layers, K)
+    wanted, missing = model.state_dict(), []
+    found = {f"conditioner.text.out.{part}": torch.zeros_like(wanted[f"conditioner.text.out.{part}"], device="cpu")
+             for part in ("weight", "bias")}  # fmt: skip
     without_cross = not any("cross_attention" in name or "encoder_attn" in name for name in state)
-    for mine, names in table:
+    for mine, names in groups(layout, theirs["layers"], theirs["K"]):
         if without_cross and mine[0].split(".", 2)[-1].startswith(CROSS):
             if mine[0].endswith("cross_out.weight"):
                 found[mine[0]] = torch.zeros(wanted[mine[0]].shape)
         elif absent := [name for name in names if name not in state]:
             missing += absent
         else:
-            whole = torch.cat([state.pop(name) for name in names])
-            sizes = [wanted[name].shape[0] for name in mine]
-            if len(whole) != sum(sizes) or whole.shape[1:] != wanted[mine[0]].shape[1:]:
-                raise UserError(f"{path}: {names[0]} is {list(whole.shape)} in all, {mine[0]} needs {sizes}")
-            found |= dict(zip(mine, whole.split(sizes)))
+            sizes, parts = [wanted[name].shape[0] for name in mine], [state.pop(name) for name in names]
+            needed = (sum(sizes) // len(names), *wanted[mine[0]].shape[1:])
+            for name, part in zip(names, parts):
+                if part.shape != needed:
+                    raise UserError(f"{path}: {name} is {list(part.shape)}, not {list(needed)}")
+            found |= dict(zip(mine, torch.cat(parts).split(sizes)))
     if missing or state:
         wrong = [f"missing {some(missing)}"] * bool(missing) + [f"left over {some(state)}"] * bool(state)
         raise UserError(f"{path}: not the weights of a whole model: {'; '.join(wrong)}")
@@ -191,6 +230,8 @@ def export_lm(model, ours, settings, folder, layout):
     """
     if model.pattern_name != "delay":
         raise UserError(f"the '{model.pattern_name}' pattern: those programs generate in the delay pattern only")
+    if layout == "hf" and model.delays != tuple(k // model.channels for k in range(model.K)):
+        raise UserError(f"delays {model.delays}: Hugging Face's program has those of MusicGen built in")
     folder, theirs = Path(folder), {}
     layers, heads, D = settings.layers, settings.heads, settings.dim
     for mine, names in groups(layout, layers, model.K):
@@ -227,9 +268,11 @@ def export_lm(model, ours, settings, folder, layout):
         num_codebooks=model.K, hidden_size=D, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * D,
         activation_function="gelu", scale_embedding=False, max_position_embeddings=2048, dropout=0.0,
         attention_dropout=0.0, activation_dropout=0.0, layerdrop=0.0, pad_token_id=model.card, bos_token_id=model.card,
-        tie_word_embeddings=False, audio_channels=1 + (model.delays[:2] == (0, 0)), torch_dtype="float32",
+        tie_word_embeddings=False, audio_channels=model.channels, torch_dtype="float32",
     )  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    special = {f"{name}_token_id": model.card for name in ("pad", "bos", "decoder_start")}
+    for file, content in (("config.json", config), ("generation_config.json", special)):
+        (folder / file).write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
@@ -243,7 +286,8 @@ def read_codec(path, build):
     `read_lm`, and for a codec that renormalises loudness.
     """
     state, settings = read(path, "compression_state_dict.bin", "model*.safetensors")
-    if re.search(r"\brenormalize: true|\"normalize\": true", settings):
+    renormalises = re.search(r"\brenormalize: true|\"normalize\": true", settings)
+    if renormalises or any(re.search(r"\.norm\.(weight|bias)$", name) for name in state):  # 48 kHz has group norms
         raise UserError(
             f"{path}: a codec that renormalises loudness (48 kHz): it needs a scale beside its codes, for which the"
             f" language model has no place; musicgen_32khz needs facebook/encodec_32khz"

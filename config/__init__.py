@@ -195,6 +195,11 @@ def validate(s):
     for width, heads in (("dim", "heads"), ("text_dim", "text_heads"), ("style_dim", "style_heads")):
         if getattr(s, width) % getattr(s, heads) or getattr(s, width) // getattr(s, heads) % 2:
             raise UserError(f"{width} = {getattr(s, width)}: must be an even multiple of {heads} = {getattr(s, heads)}")
+    for key in ("freeze", "lora_targets"):
+        if not all(type(value) is str for value in getattr(s, key)):
+            raise UserError(f"{key} = {getattr(s, key)}: must be names, blocks.*,heads*")
+    if s.lora_rank and not s.lora_targets:
+        raise UserError("lora_targets: none, though lora_rank is set; qkv,attn_out is usual")
     numbers = all(type(value) in (int, float) for value in s.style_seconds)
     if not (numbers and len(s.style_seconds) == 2 and 0 < s.style_seconds[0] <= s.style_seconds[1]):
         raise UserError(f"style_seconds = {s.style_seconds}: must be the shortest and the longest, 1.5,4.5")
@@ -232,7 +237,7 @@ def load(argv, usage):
             continue
         key, equals, text = word[2:].partition("=")
         if not equals:
-            alone = not words or words[0].startswith("--")
+            alone = not words or words[0].startswith("--") or (key in SWITCHES and not words[0].isdigit())
             if alone and key not in SWITCHES:
                 raise UserError(f"--{key}: needs a value, --{key}=VALUE")
             text = "1" if alone else words.pop(0)
