@@ -137,8 +137,8 @@ def main():
     if not saved and (strays := [*out.glob("best.pt"), *out.glob("step_*.pt")]):
         raise UserError(f"{strays[0]}: of a run whose last.pt is gone; choose another --out, or remove the folder")
     report.import_logger(s.logger)
-    published = s.init_from.startswith("musicgen:")
-    parent = read_checkpoint(s.init_from, "best") if s.init_from and not (published or saved) else None
+    inherits = bool(s.init_from) and not s.init_from.startswith("musicgen:")  # a tokenizer too, from a best.pt
+    parent = read_checkpoint(s.init_from, "best") if inherits and not saved else None
     distributed.refuse_differences(
         **dataclasses.asdict(s), torch_version=torch.__version__, step_of_last_pt=saved and saved["step"]
     )
@@ -160,13 +160,13 @@ def main():
     tokenizer = Path(s.data, "tokenizer.model").read_bytes()
     if saved or parent:
         other_tokenizer = tokenizer != (saved or parent)["tokenizer"]
-        if other_tokenizer and not saved:
+        if other_tokenizer and inherits:
             print(f"captions are tokenized as {s.init_from} does, not by {s.data}'s own tokenizer")
         tokenizer = (saved or parent)["tokenizer"]
         same = SHAPE_SETTINGS + (STYLE_SETTINGS if s.style else []) + (TUNING_SETTINGS if saved else [])
         changes = changed_settings(saved or parent, {**dataclasses.asdict(s), "codec": codec.id})
         contradictions = [changes[key] for key in [*same, "codec"] if key in changes]
-        if saved and other_tokenizer:
+        if other_tokenizer and not inherits:
             contradictions.append(f"the tokenizer is not that of {s.data}")
         if contradictions:
             raise UserError(f"{last if saved else s.init_from}: holds another model ({', '.join(contradictions)});"

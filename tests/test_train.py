@@ -244,6 +244,13 @@ def test_another_tokenizer_is_another_model(dataset, own_dataset, tmp_path, comm
     (own_dataset / "tokenizer.model").write_bytes(data.train_tokenizer([], 300))
     status, output = command(train, *args, f"--data={own_dataset}")
     assert status == 2 and f"the tokenizer is not that of {own_dataset}" in output
+    args = [*TOY, f"--out={tmp_path / 'next'}", "--samples=0", f"--data={own_dataset}"]
+    args += [f"--init_from={tmp_path / 'out' / 'best.pt'}"]
+    for steps in (3, 6):  # begun, and gone on with, by the tokenizer of the run that it began from
+        status, output = command(train, *args, f"--steps={steps}")
+        assert status == 0 and "not by" in output, output
+    saved = [torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("out", "next")]
+    assert saved[0]["tokenizer"] == saved[1]["tokenizer"] and saved[1]["step"] == 6
 
 
 def test_kept_checkpoints_are_never_written_over(dataset, tmp_path, command):

@@ -148,10 +148,25 @@ def test_a_melody_model_has_no_cross_attention(folder, published):
     assert torch.equal(ours.blocks[1].up.weight, state["transformer.layers.1.linear1.weight"])
 
 
-def test_stereo_weights_stand_in_pairs():
+def test_the_hub_is_asked_for_what_is_needed_and_no_more(folder, monkeypatch):
+    asked, hub = [], types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(folder / "hf")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    read_lm("hf:facebook/musicgen-small", make_model())
+    patterns = (["state_dict.bin", "config.json"], ["model*.safetensors", "config.json"])
+    assert asked == [("facebook/musicgen-small", pattern) for pattern in patterns]
+
+
+def test_stereo_weights_stand_in_pairs(tmp_path):
     codec = dict(K=8, card=40, frame_rate=50, dim=8, channels=2)
     ours = MusicLM(Settings(**TOY_LM), codec, data.train_tokenizer([], 300))
     assert ours.delays == (0, 0, 1, 1, 2, 2, 3, 3) and ours.pattern(20).S == 24
+    model.export_lm(ours, ours.state_dict(), Settings(**TOY_LM), tmp_path, "hf")
+    assert json.loads((tmp_path / "config.json").read_text())["audio_channels"] == 2
+    back = read_lm(tmp_path, ours)
+    assert all(torch.equal(back[name], ours.state_dict()[name]) for name in ("embed.weight", "heads.weight"))
+    with pytest.raises(UserError, match="has those of MusicGen built in"):
+        model.export_lm(make_model(delays=(0, 2, 2, 1)), {}, Settings(**TOY_LM), tmp_path, "hf")
     assert make_model().delays == (0, 1, 2, 3) and make_model(delays=(0, 2, 2, 1)).delays == (0, 2, 2, 1)
 
 
