@@ -127,7 +127,7 @@ def test_killed_at_random_moments_it_loses_nothing_but_time(dataset, tmp_path):
     """kill -9 of one rank, of all, or of torchrun too, in training, validation, sampling or saving."""
     rng, steps, out, cut = random.Random(0), 10 * KILLS + 20, tmp_path / "parts", 0
     common = [*TOY, f"--data={dataset}", f"--steps={steps}", "--epoch=2", "--keep_every=5", "--watchdog=20"]
-    finish(start("train.py", *common, f"--out={tmp_path / 'whole'}", ranks=2))
+    whole = start("train.py", *common, f"--out={tmp_path / 'whole'}", ranks=2)
 
     def committed():
         return torch.load(out / "last.pt", weights_only=True)["step"] if (out / "last.pt").exists() else 0
@@ -156,6 +156,7 @@ def test_killed_at_random_moments_it_loses_nothing_but_time(dataset, tmp_path):
     print(f"{KILLS} kills up to step {committed()} of {steps}, {cut} of them while a checkpoint was being written")
     before, printed = committed(), finish(start("train.py", *common, f"--out={out}", ranks=2))
     assert before and f"going on from {out / 'last.pt'} at step {before}" in printed
+    finish(whole)
     assert same_run(tmp_path / "whole", out)
     for name in ("metrics.jsonl", "history.jsonl"):
         assert untimed(tmp_path / "whole" / name) == untimed(out / name)
@@ -240,20 +241,20 @@ config.run(train.main, distributed.first_to_say, distributed.exit)
     assert one[-1]["ce"] == pytest.approx(ddp[-1]["ce"], abs=0.01)
 
 
-@pytest.mark.parametrize("resharding", [True, False])
-def test_fsdp_goes_on_after_an_epoch_without_improvement(dataset, tmp_path, resharding):
+def test_fsdp_goes_on_after_an_epoch_without_improvement(dataset, tmp_path, command):
     args = [*TOY, f"--data={dataset}", "--steps=6", "--epoch=1", "--samples=0", "--lr=0.5", "--warmup=0"]
-    one = start("train.py", *args, f"--out={tmp_path / 'one'}")
-    two = start("train.py", *args, "--parallel=fsdp", f"--reshard_after_forward={resharding}",
-                f"--out={tmp_path / 'two'}", ranks=2)  # fmt: skip
-    finish(one), finish(two)
-    ours, theirs = ([line["ce"] for line in lines(tmp_path / name / "history.jsonl")] for name in ("one", "two"))
-    assert ours == pytest.approx(theirs, rel=1e-3) and min(ours) < ours[-1]
+    runs = [start("train.py", *args, "--parallel=fsdp", f"--reshard_after_forward={resharding}",
+                  f"--out={tmp_path / str(resharding)}", ranks=2) for resharding in (True, False)]  # fmt: skip
+    assert command(train, *args, f"--out={tmp_path / 'one'}")[0] == 0
+    for run in runs:
+        finish(run)
+    one, *two = ([line["ce"] for line in lines(tmp_path / out / "history.jsonl")] for out in ("one", "True", "False"))
+    assert one == pytest.approx(two[0], rel=1e-3) and one == pytest.approx(two[1], rel=1e-3) and min(one) < one[-1]
 
 
-def test_an_error_that_one_rank_meets_is_one_line(dataset, tmp_path):
+def test_an_error_that_one_rank_meets_is_one_line(dataset, tmp_path, command):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
-    finish(start("train.py", *args))
+    assert command(train, *args)[0] == 0
     (tmp_path / "history.jsonl").write_text("{\n")
     printed = finish(start("train.py", *args, ranks=2), status=1).partition("torch/distributed/elastic")[0]
     assert printed.count("history.jsonl: not JSON") == 1 and "rank0" not in printed and "watchdog" not in printed
