@@ -266,7 +266,8 @@ class Watchdog:
     """
 
     def __init__(self):
-        self.step, self.count, self.doing, self.waits, self.running = 0, 0, "starting", False, False
+        self.step, self.count, self.doing, self.waits = 0, 0, "starting", False
+        self.running = self.explaining = False
 
     def start(self, seconds):
         """seconds: without progress, until the run ends."""
@@ -332,7 +333,8 @@ class Watchdog:
                 if self.still("alive", other) > SIGN_OF_LIFE and beats[other][2] != "not there yet":
                     self.named.add(other)
                     self.say(f"{self.where(beats, other)}: no sign of life for {SIGN_OF_LIFE} s")
-            if min(self.still("far", other) for other in range(size())) > self.seconds:
+            standstill = min(self.still("far", other) for other in range(size())) > self.seconds
+            if standstill and not self.explaining:  # which ends this rank too, and knows better
                 silent = [other for other in range(size()) if self.still("alive", other) > patience]
                 last = "; ".join(self.where(beats, other) for other in silent or least_far(beats))
                 return self.end(f"{last}: no progress for {self.seconds:g} s")
@@ -340,6 +342,7 @@ class Watchdog:
 
     def explain(self, error):
         """After an exception, often that of a connection which a dead rank has closed: who and where."""
+        self.explaining = True
         self.look()
         time.sleep(3)
         beats = self.look()
