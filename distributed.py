@@ -6,6 +6,7 @@ Without torchrun there is one process, rank 0 of 1, and every function here does
 import contextlib
 import datetime
 import functools
+import inspect
 import os
 import sys
 import threading
@@ -190,9 +191,14 @@ def replicate(model, device):
 
     Without the last option DDP regroups the gradients after its first step. A run that goes on would regroup later than
     one that was never stopped, and on more than two ranks another grouping adds up in another order.
+    The buffers need not be sent at each forward pass: they are the same on all ranks, see ResidualVQ.update.
     """
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+    return DistributedDataParallel(
+        model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=True, **{sync: False}
+    )
 
 
 def without_sync(model, apart):

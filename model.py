@@ -433,15 +433,16 @@ def load_model(path, device="cpu"):
 
 def import_lm(path, checkpoint, codec_weights):
     """A published language model -> a best.pt that goes on from audio, or plays by itself, but hears no text."""
-    _, _, sizes = open_lm(path)
-    K, card = sizes.pop("K"), sizes.pop("card")
+    opened = open_lm(path)
+    dim, heads, layers, K, card = (opened[2][key] for key in ("dim", "heads", "layers", "K", "card"))
     codec = load_codec("musicgen_32khz" + ":stereo" * (K == 8), codec_weights)
     if (codec.K, codec.card) != (K, card):
         raise UserError(f"{path}: has K {K}, card {card}, and the codec K {codec.K}, card {codec.card}")
-    settings = Settings(**sizes, segment=30.0, codec=codec.name, codec_weights=str(codec_weights))
+    settings = Settings(dim=dim, heads=heads, layers=layers, segment=30.0, codec=codec.name,
+                        codec_weights=str(codec_weights))  # fmt: skip
     tokenizer = data.train_tokenizer([], 1000)
     model = MusicLM(settings, codec.about(), tokenizer)
-    model.load_state_dict(read_lm(path, model), strict=False)
+    model.load_state_dict(read_lm(path, model, opened), strict=False)
     save_checkpoint(checkpoint, "best", model=model.state_dict(), settings=vars(settings), codec=codec.about(),
                     tokenizer=tokenizer, step=0)  # fmt: skip
 

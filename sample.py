@@ -37,16 +37,7 @@ import config
 import distributed
 import metrics
 import report
-from codec import (
-    FORMATS,
-    decode_stream,
-    encode_long,
-    file_name,
-    load_audio,
-    load_codec,
-    write_audio,
-    write_wav,
-)
+from codec import FORMATS, decode_stream, encode_long, file_name, load_audio, load_codec, write_audio, write_wav
 from conditioning import CHROMA_RATE, INFERENCE_BOOKS, SILENCE, melody_of
 from config import UserError, first_line
 from loudness import level

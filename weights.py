@@ -186,14 +186,16 @@ def open_lm(path):
     )  # fmt: skip
 
 
-def read_lm(path, model):
+def read_lm(path, model, opened=None):
     """A published language model -> {our name: float32 tensor}, for `model`, a MusicLM of its sizes.
+
+    opened: what `open_lm` gives, where that is known already; the weights in it are used up.
 
     The text embedder begins so that it says nothing: whatever the caption, the model is the published one without text.
     musicgen-melody has no cross-attention; it gets one that adds nothing.
     Raises UserError if names are missing or left over, or shapes differ, with the sizes that were found.
     """
-    layout, state, theirs = open_lm(path)
+    layout, state, theirs = opened or open_lm(path)
     ours = dict(dim=model.embed.embedding_dim, heads=model.blocks[0].heads, layers=len(model.blocks), K=model.K,
                 card=model.card)  # fmt: skip
     if other := [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key]]:
