@@ -288,6 +288,7 @@ class Watchdog:
         usual = sys.excepthook
 
         def explain(kind, error, trace):
+            self.explaining = True
             with contextlib.suppress(RuntimeError):
                 if isinstance(error, RuntimeError) and self.store.check(["reported"]):
                     exit(2)
@@ -348,7 +349,6 @@ class Watchdog:
 
     def explain(self, error):
         """After an exception, often that of a connection which a dead rank has closed: who and where."""
-        self.explaining = True
         self.look()
         time.sleep(3)
         beats = self.look()
