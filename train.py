@@ -185,6 +185,7 @@ def main():
     model.freeze(s.freeze)
     with torch.device("meta"):
         ema = MusicLM(s, about, tokenizer)
+    distributed.beat("spreading the model")
     if ranks > 1 and s.parallel == "fsdp":
         distributed.shard(model, device, dtype, s.reshard_after_forward)
         distributed.shard(ema, device, dtype, True, True)  # no backward pass would spread it again
@@ -196,6 +197,7 @@ def main():
     ema.load_state_dict(model.state_dict())
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    distributed.beat("making the optimizer")
     optimizer = torch.optim.AdamW(
         [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)],
         lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type != "mps",
