@@ -31,6 +31,12 @@ SILENCE = 12  # in the place of a pitch class
 INFERENCE_BOOKS = 3  # style books by default, once trained (arXiv:2407.12563)
 
 
+def to_device(tensor, device):
+    """A copy on its way to the device, which the host does not wait for: from memory that cannot be paged out."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 def merge_text(caption, metadata, rng):
     """The caption followed by its other metadata, 'genre: jazz. bpm: 120', in random order."""
     parts = [f"{key}: {value}" for key, value in metadata.items()]
@@ -146,7 +152,7 @@ class TextEmbedder(nn.Module):
         for row, sample in enumerate(tokens):
             ids[row, : len(sample)] = torch.tensor(sample)
             mask[row, : len(sample)] = True
-        return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        return to_device(ids, device), to_device(mask, device)
 
     def forward(self, ids, mask):
         """ids, mask [B, L] -> states [B, L, D] and the mask to attend with; a null row has one state, `null`."""
@@ -179,7 +185,7 @@ class MelodyEmbedder(nn.Module):
             if melody is not None:
                 notes[row] = SILENCE
                 notes[row, : len(melody)] = torch.as_tensor(melody)[: self.rows]
-        return (notes.to(device, non_blocking=True),)
+        return (to_device(notes, device),)
 
     def forward(self, notes):
         """notes [B, M] -> [B, M, D]."""
@@ -307,7 +313,7 @@ class StyleEmbedder(nn.Module):
                 codes[row, :, : excerpt.shape[1]] = excerpt
                 mask[row, : excerpt.shape[1]] = True
                 books[row] = styles[row][1] or self.books
-        return tuple(tensor.to(device, non_blocking=True) for tensor in (codes, mask, books))
+        return tuple(to_device(tensor, device) for tensor in (codes, mask, books))
 
     def forward(self, codes, mask, books):
         """codes [B, K, N], mask [B, N], books [B] -> [B, P, D]: the style at each `stride`-th frame, else `null`."""

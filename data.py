@@ -36,7 +36,7 @@ from tqdm import tqdm
 import config
 import distributed
 from codec import SUFFIXES, encode_long, load_audio, load_codec
-from conditioning import CHROMA_RATE, SILENCE, all_conditions, draw_conditions, melody_of
+from conditioning import CHROMA_RATE, SILENCE, all_conditions, draw_conditions, melody_of, to_device
 from config import UserError
 
 SHARD_FRAMES = 100_000_000
@@ -310,6 +310,10 @@ class Batch(NamedTuple):
     conditions: list  # B dicts, see conditioning.py
     tracks: list  # B dicts, as in the shard's .jsonl
     everywhere: torch.Tensor  # `scored` of the global batch, of which these B may be a share
+
+    def to(self, device):
+        return self._replace(**{key: to_device(value, device) for key, value in self._asdict().items()
+                                if isinstance(value, torch.Tensor)})  # fmt: skip
 
 
 def load_meta(folder):

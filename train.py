@@ -8,6 +8,8 @@
 Ctrl-C commits at the next step, and the same command goes on from there, bit for bit on as many processes.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import json
 import math
@@ -41,6 +43,7 @@ from weights import read_lm
 SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layers text_max_tokens melody style".split()
 STYLE_SETTINGS = "style_dim style_heads style_layers style_books style_bins style_seconds".split()
 DIVERGED = 100  # nats; blind guessing is ln(card), below 8
+MOST_SKIPPED = 16  # steps in a row of a float16 run: the loss scale, 2^16 at first, is below 1 then
 TUNING_SETTINGS = "freeze lora_rank lora_alpha lora_targets".split()  # not to change when a run goes on
 
 
@@ -73,6 +76,65 @@ def validate(model, valid_data, s, T, size, device, autocast):
         total[2] += count
     total = distributed.sum_over_ranks(total)
     return (total[0] / total[2]).tolist(), (total[1] / total[2]).tolist()
+
+
+def accumulate(net, model, batch, inputs, size, scaler, autocast):
+    """Forward and backward of this rank's share of a batch, `size` items at a time -> its part of the loss, [K].
+
+    batch: on the device; inputs: what `conditioner.prepare` makes of each `size` items' conditions.
+    By the whole batch's count: micro-batches and ranks add up to its loss.
+    """
+    count = model.loss_mask(batch.everywhere).sum((0, 2)).clamp(min=1)  # [K], over all ranks
+    ce_q = torch.zeros(model.K, device=count.device)
+    for part, conditions in enumerate(inputs):
+        distributed.beat("forward and backward")
+        items = slice(part * size, (part + 1) * size)
+        with distributed.without_sync(net, part + 1 < len(inputs)):
+            with autocast():
+                ce_sum, _ = net(batch.codes[items], batch.valid[items], batch.scored[items], conditions)
+            loss = (ce_sum / count).mean()
+            scaler.scale(loss * distributed.size()).backward()  # gradients are averaged over the ranks
+        ce_q += (ce_sum / count).detach()
+    return ce_q
+
+
+def update(model, ema, optimizer, scaler, ce_q, step, s):
+    """One step of the optimizer and of the averaged weights -> the gradient's norm before clipping, a tensor.
+
+    Neither waits for the device. Where loss or gradient is not finite, or the loss has diverged, the weights stay as
+    they are: torch's fused optimizers look at `found_inf` on the device, which GradScaler sets for float16 in the same
+    way.
+    """
+    scaler.unscale_(optimizer)
+    norm = distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf))
+    optimizer.found_inf = 1 - (torch.isfinite(norm) & (ce_q.mean() < DIVERGED)).float()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    updates, rest = divmod(step, s.ema_every)
+    if rest == 0:
+        weight = (1 - s.ema_decay) / (1 - s.ema_decay**updates)  # as in Adam, so that the start leaves no trace
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
+            for average, buffer in zip(ema.buffers(), model.buffers()):  # the style's codebooks
+                average.copy_(buffer)
+    return norm
+
+
+class Later:
+    """A tensor's values, that are sent to the host behind the work queued before them, and not after any other."""
+
+    def __init__(self, tensor):
+        self.values, self.sent = tensor.detach().to("cpu", non_blocking=tensor.is_cuda), None
+        if tensor.is_cuda:
+            self.sent = torch.cuda.Event()
+            self.sent.record()
+
+    def read(self):
+        """A list of numbers; waits for these alone."""
+        if self.sent:
+            self.sent.synchronize()
+        return self.values.tolist()
 
 
 def append(path, line):
@@ -200,7 +262,7 @@ def main():
     distributed.beat("making the optimizer")
     optimizer = torch.optim.AdamW(
         [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)],
-        lr=s.lr, betas=(s.beta1, s.beta2), fused=device.type != "mps",
+        lr=s.lr, betas=(s.beta1, s.beta2), fused=True,
     )  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -280,6 +342,52 @@ def main():
         if s.samples and due("generate", s.generate_every):
             note("generate", clips=sample.write_samples(out, step, load_model(best, device)[0], codec, valid_data, s))
 
+    def draw(step):
+        """A step's batch, its conditions by micro-batch, both on the device, and how many frames count in all.
+
+        In a thread, while the step before it is under way.
+        """
+        batch = train_data.batch(0 if s.one_batch else step, s, T, rank, ranks)
+        parts = [batch.conditions[i : i + size] for i in range(0, len(batch.codes), size)]
+        inputs = [model.conditioner.prepare(part, device) for part in parts]
+        return batch.to(device), inputs, int(batch.everywhere.sum())
+
+    def take_in(step, frames, later):
+        """What a step has come to, once the device is that far: ends a run that has diverged, adds to the log."""
+        nonlocal asked, skipped, in_a_row, ce_total, since_log, grad_norm, clock, waited, steps_done, frames_done
+        *ce_q, signalled, norm = later.read()
+        asked, finite = signalled > 0, math.isfinite(norm)
+        in_a_row = 0 if finite else in_a_row + 1
+        if not np.mean(ce_q) < DIVERGED or in_a_row > (MOST_SKIPPED if scaler.is_enabled() else 0):
+            raise UserError(
+                f"step {step}: loss {np.mean(ce_q):g}, gradient norm {norm:g}; a lower --lr may help. The weights"
+                f" were not touched, and {f'{last} is whole' if last.exists() else 'nothing was saved yet'}"
+            )
+        if finite:
+            ce_total, since_log, grad_norm = ce_total + ce_q, since_log + 1, norm
+        skipped += not finite
+        steps_done, frames_done = steps_done + 1, frames_done + frames
+        bar.update()
+        if since_log and (step % s.log_every == 0 or step == s.steps):
+            ce, seconds = ce_total.mean() / since_log, time.time() - clock
+            line = dict(step=step, epoch=math.ceil(step / s.epoch), ce=ce, ppl=math.exp(min(ce, 700)),
+                        ce_q=(ce_total / since_log).tolist(), lr=learning_rate(step - 1, s), grad_norm=grad_norm,
+                        tokens_per_s=round(frames_done * codec.K / seconds),
+                        data_wait=round(waited / seconds, 4))  # fmt: skip
+            text = (f"epoch {line['epoch']}, ce {ce:.3f}, lr {line['lr']:.1e}, grad {grad_norm:.2f},"
+                    f" {line['tokens_per_s']:,} tokens/s, {100 * line['data_wait']:.0f}% waiting")  # fmt: skip
+            if peak < math.inf:
+                line["mfu"] = round(steps_done * flops / seconds / peak, 4)
+                text += f", MFU {100 * line['mfu']:.0f}%"
+            if scaler.is_enabled():
+                line["skipped"] = skipped
+                text += f", {skipped} skipped"
+            append(out / "metrics.jsonl", line)
+            log(line)
+            bar.set_postfix_str(text)
+            ce_total, since_log = np.zeros(codec.K), 0
+            clock, waited, steps_done, frames_done = time.time(), 0.0, 0, 0
+
     def write_page():
         if rank == 0:
             try:
@@ -332,83 +440,34 @@ def main():
         finish_epoch()
         write_page()
         leave_if_asked()
+    drawer = concurrent.futures.ThreadPoolExecutor(1, "batches")
+    drawn, under_way, asked, in_a_row = drawer.submit(draw, step), collections.deque(), False, 0
+    behind = int(device.type == "cuda")  # how many steps the host may be ahead of what it has heard of the device
     clock, waited, steps_done, frames_done = time.time(), 0.0, 0, 0
 
     while step < s.steps:
-        # Train
         distributed.beat("drawing a batch", step + 1)
         drawing = time.time()
-        batch = train_data.batch(0 if s.one_batch else step, s, T, rank, ranks)
+        batch, inputs, frames = drawn.result()
         waited += time.time() - drawing
+        drawn = drawer.submit(draw, step + 1)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
         model.train()
-        codes, valid, scored = (tensor.to(device) for tensor in (batch.codes, batch.valid, batch.scored))
-        count = model.loss_mask(batch.everywhere.to(device)).sum((0, 2)).clamp(min=1)  # [K], over all ranks
-        ce_q = torch.zeros(codec.K, device=device)
-        for i in range(0, len(codes), size):
-            distributed.beat("forward and backward")
-            inputs = model.conditioner.prepare(batch.conditions[i : i + size], device)
-            with distributed.without_sync(net, i + size < len(codes)):
-                with autocast():
-                    ce_sum, _ = net(codes[i : i + size], valid[i : i + size], scored[i : i + size], inputs)
-                loss = (ce_sum / count).mean()  # by the whole batch's count: micro-batches and ranks add up to its loss
-                scaler.scale(loss * ranks).backward()  # times the ranks, over which gradients are averaged
-            ce_q += (ce_sum / count).detach()
-
+        ce_q = accumulate(net, model, batch, inputs, size, scaler, autocast)
         distributed.beat("optimizer")
-        asked = torch.tensor([float(len(signals))], device=device)
-        *ce_q, asked = distributed.sum_over_ranks(torch.cat([ce_q, asked])).tolist()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)
-        norm = distributed.whole(norm).item()
-        if not np.mean(ce_q) < DIVERGED or (not math.isfinite(norm) and scaler.get_scale() <= 1):
-            raise UserError(
-                f"step {step + 1}: loss {np.mean(ce_q):g}, gradient norm {norm:g}; a lower --lr may help. The weights"
-                f" were not touched, and {f'{last} is whole' if last.exists() else 'nothing was saved yet'}"
-            )
+        signalled = torch.full((1,), float(len(signals)), device=device)
+        found = distributed.sum_over_ranks(torch.cat([ce_q, signalled]))
         if s.style:
             model.conditioner.prepended["style"].update(distributed.sum_over_ranks, distributed.gather)
-        scaler.step(optimizer)  # with float16, not if the gradient has overflowed
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        norm = update(model, ema, optimizer, scaler, found[:-1], step + 1, s)
         step += 1
-        if math.isfinite(norm):
-            ce_total, since_log, grad_norm = ce_total + ce_q, since_log + 1, norm
-            updates, rest = divmod(step - skipped, s.ema_every)
-            if rest == 0:
-                weight = (1 - s.ema_decay) / (1 - s.ema_decay**updates)  # as in Adam, so that the start leaves no trace
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
-                    for average, buffer in zip(ema.buffers(), model.buffers()):  # the style's codebooks
-                        average.copy_(buffer)
-        else:
-            skipped += 1
-        steps_done, frames_done = steps_done + 1, frames_done + int(batch.everywhere.sum())
-        bar.update()
-
         epoch = math.ceil(step / s.epoch)
-        if since_log and (step % s.log_every == 0 or step == s.steps):
-            ce, seconds = ce_total.mean() / since_log, time.time() - clock
-            line = dict(step=step, epoch=epoch, ce=ce, ppl=math.exp(min(ce, 700)), ce_q=(ce_total / since_log).tolist(),
-                        lr=learning_rate(step - 1, s), grad_norm=grad_norm,
-                        tokens_per_s=round(frames_done * codec.K / seconds),
-                        data_wait=round(waited / seconds, 4))  # fmt: skip
-            text = (f"epoch {epoch}, ce {ce:.3f}, lr {line['lr']:.1e}, grad {grad_norm:.2f},"
-                    f" {line['tokens_per_s']:,} tokens/s, {100 * line['data_wait']:.0f}% waiting")  # fmt: skip
-            if peak < math.inf:
-                line["mfu"] = round(steps_done * flops / seconds / peak, 4)
-                text += f", MFU {100 * line['mfu']:.0f}%"
-            if scaler.is_enabled():
-                line["skipped"] = skipped
-                text += f", {skipped} skipped"
-            append(out / "metrics.jsonl", line)
-            log(line)
-            bar.set_postfix_str(text)
-            ce_total, since_log = np.zeros(codec.K), 0
-            clock, waited, steps_done, frames_done = time.time(), 0.0, 0, 0
+        under_way.append((step, frames, Later(torch.cat([found, norm[None]]))))
 
         ending = step % s.epoch == 0 or step == s.steps
+        while under_way and (ending or asked or len(under_way) > behind):
+            take_in(*under_way.popleft())
         if ending or asked:
             commit()
             keep()
@@ -417,6 +476,7 @@ def main():
             write_page()
             leave_if_asked()
             clock, waited, steps_done, frames_done = time.time(), 0.0, 0, 0
+    drawer.shutdown(cancel_futures=True)
     bar.close()
     for number, handler in usual.items():
         signal.signal(number, handler)
