@@ -263,19 +263,32 @@ class Codec:
 
 
 def encode_long(codec, wav, piece=30.0, context=1.0):
-    """wav [channels, samples] of any length -> codes [K, T], in pieces of `piece` seconds to bound the memory.
+    """wav [channels, samples] of any length -> codes [K, T]."""
+    return encode_many(codec, [wav], piece, context)[0]
+
+
+def encode_many(codec, wavs, piece=30.0, context=1.0, batch=16):
+    """wavs [channels, samples], each of any length -> codes [K, T] of each, in pieces of `piece` seconds.
 
     Each piece is encoded with `context` seconds on either side, whose codes are dropped, so that no seam is heard.
+    Pieces of one length go through the codec together, at most `batch` of them, so that no padding is heard either.
     """
-    hop, T = codec.hop, math.ceil(wav.shape[-1] / codec.hop)
-    wav = wav / wav.abs().max().clamp(min=1)
-    step, side = round(piece * codec.frame_rate), round(context * codec.frame_rate)
-    codes = []
-    for start in range(0, T, step):
-        first, last = max(0, start - side), min(T, start + step + side)
-        part = codec.encode(wav[None, :, first * hop : last * hop])[0]
-        codes.append(part[:, start - first : start - first + min(step, T - start)])
-    return torch.cat(codes, dim=1)
+    hop, step, side = codec.hop, round(piece * codec.frame_rate), round(context * codec.frame_rate)
+    wavs = [wav / wav.abs().max().clamp(min=1) for wav in wavs]
+    lengths = [math.ceil(wav.shape[1] / hop) for wav in wavs]
+    places = [(i, start) for i, T in enumerate(lengths) for start in range(0, T, step)]
+    heard = {(i, start): wavs[i][:, max(0, start - side) * hop : (start + step + side) * hop] for i, start in places}
+    alike, codes = {}, {}
+    for place in places:
+        alike.setdefault(heard[place].shape[1], []).append(place)
+    for group in alike.values():
+        for first in range(0, len(group), batch):
+            together = group[first : first + batch]
+            codes.update(zip(together, codec.encode(torch.stack([heard[place] for place in together]))))
+    for i, start in places:
+        before = start - max(0, start - side)
+        codes[i, start] = codes[i, start][:, before : before + min(step, lengths[i] - start)]
+    return [torch.cat([codes[i, start] for start in range(0, T, step)], dim=1) for i, T in enumerate(lengths)]
 
 
 def decode_stream(codec, parts, n=25):

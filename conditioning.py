@@ -96,11 +96,12 @@ def chromagram(wav, sample_rate):
     side = (n_fft - hop + 1) // 2
     wav = F.pad(wav, (side, side + -wav.shape[1] % hop))
     window = torch.hann_window(n_fft, device=wav.device)
-    power = torch.stft(wav, n_fft, hop, window=window, center=False, return_complex=True).abs().square()
+    spectrum = torch.fft.rfft(wav.unfold(1, n_fft, hop) * window)  # [B, T', bins]
+    power = spectrum.real.square() + spectrum.imag.square()
     hertz = torch.arange(n_fft // 2 + 1, device=wav.device) * (sample_rate / n_fft)
     pitch = (69 + 12 * (hertz.clamp(min=1) / 440).log2()).round()  # in MIDI's numbers: C2 is 36, C8 108
     fold = (pitch % 12 == torch.arange(12, device=wav.device)[:, None]) & (pitch >= 36) & (pitch < 108)
-    energy = fold.float() @ power
+    energy = (power @ fold.float().T).transpose(1, 2)
     total = energy.sum(1, keepdim=True)
     mean_square = 2 * total / (n_fft * window.square().sum())  # Parseval's theorem
     return torch.where(mean_square > 1e-6, energy / total, 0.0)

@@ -17,6 +17,7 @@ Letters: B batch, K codebooks, T frames.
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 import config
 import distributed
-from codec import SUFFIXES, encode_long, load_audio, load_codec
+from codec import SUFFIXES, encode_many, load_audio, load_codec
 from conditioning import CHROMA_RATE, SILENCE, all_conditions, draw_conditions, melody_of, to_device
 from config import UserError
 
@@ -130,26 +131,51 @@ def split_tracks(tracks, valid_fraction):
 def start_worker(codec_name, weights):
     global codec
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as many workers as cores, each on its own, are three times as fast as all on one file
     codec = load_codec(codec_name, weights)
 
 
-def encode_track(job):
-    """-> (codes uint16 [T, K], melody uint8 [T], None), or (None, None, the reason why the track is left out)."""
+def hear(job):
+    """-> (wav float32 [channels, samples], melody uint8 [T]), or the reason why the track is left out."""
     path, melody_from, min_seconds = job
     try:
         wav = load_audio(path, codec.sample_rate, codec.channels)
         if wav.shape[1] < min_seconds * codec.sample_rate:
-            return None, None, f"{wav.shape[1] / codec.sample_rate:.2f} s long, shorter than {min_seconds} s"
+            return f"{wav.shape[1] / codec.sample_rate:.2f} s long, shorter than {min_seconds} s"
         if wav.abs().max() < 1e-3:
-            return None, None, "silent: no sample above -60 dBFS"
+            return "silent: no sample above -60 dBFS"
         stem = wav if melody_from == path else load_audio(melody_from, codec.sample_rate, codec.channels)
-        codes = encode_long(codec, wav).T.cpu().numpy().astype(np.uint16)
         notes = melody_of(stem.mean(0), codec.sample_rate).numpy()
-        at = ((np.arange(len(codes)) + 0.5) * CHROMA_RATE / codec.frame_rate).astype(int)
-        return codes, np.append(notes, SILENCE).astype(np.uint8)[at.clip(max=len(notes))], None
     except UserError as error:
-        return None, None, str(error)
+        return str(error)
+    at = ((np.arange(-(-wav.shape[1] // codec.hop)) + 0.5) * CHROMA_RATE / codec.frame_rate).astype(int)
+    return wav.numpy(), np.append(notes, SILENCE).astype(np.uint8)[at.clip(max=len(notes))]
+
+
+def encode(codec, found):
+    """A list of what `hear` gives -> the same with codes uint16 [T, K] in the place of each wav."""
+    heard = [each for each in found if type(each) is tuple]
+    codes = iter(encode_many(codec, [torch.from_numpy(wav) for wav, _ in heard]))
+    return [each if type(each) is str else (next(codes).T.cpu().numpy().astype(np.uint16), each[1]) for each in found]
+
+
+def hear_and_encode(job):
+    return encode(codec, [hear(job)])[0]
+
+
+def encoded(jobs, codec, codec_name, codec_weights, workers):
+    """What `encode` gives for each job, in order.
+
+    Workers read the files. They encode them too, but for a GPU, which encodes those of many workers together.
+    """
+    on_gpu = codec.device.type == "cuda"
+    pool = multiprocessing.get_context("spawn").Pool(workers, start_worker, (codec_name, codec_weights))
+    with pool:
+        found = pool.imap(hear if on_gpu else hear_and_encode, jobs)
+        if not on_gpu:
+            yield from found
+        while together := list(itertools.islice(found, 16)):
+            yield from encode(codec, together)
 
 
 def write_json(path, value):
@@ -219,18 +245,17 @@ def encode_all(work, tracks, codec, codec_name, codec_weights, min_seconds, work
                 raise UserError(f"{file.name}: is cut off; remove {work} to start again")
             file.truncate(size)
         workers = min(workers or os.cpu_count(), max(1, len(tracks) - len(done)))
-        pool = multiprocessing.get_context("spawn").Pool(workers, start_worker, (codec_name, codec_weights))
         jobs = [(track["path"], track["melody_from"], min_seconds) for track in tracks[len(done) :]]
         bar = tqdm(total=len(tracks), initial=len(done), desc="encoding", unit="track", file=sys.stdout, mininterval=1)
-        with pool, bar:
-            for codes, melody, reason in pool.imap(encode_track, jobs):
+        with bar:
+            for found in encoded(jobs, codec, codec_name, codec_weights, workers):
                 distributed.beat("encoding")
-                entry = dict(frames=0 if codes is None else len(codes), skipped=reason)
-                if codes is not None:
-                    for file, array in zip(bins, (codes, melody)):
-                        file.write(array.tobytes())
-                        file.flush()
-                    frames += len(codes)
+                skipped = found if type(found) is str else None
+                entry = dict(frames=0 if skipped else len(found[0]), skipped=skipped)
+                for file, array in zip(bins, () if skipped else found):
+                    file.write(array.tobytes())
+                    file.flush()
+                frames += entry["frames"]
                 lines.write(json.dumps(entry) + "\n")
                 lines.flush()
                 done.append(entry)
@@ -245,7 +270,7 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     out = Path(out)
     if workers < 0 or not 0 <= valid_fraction <= 1:
         raise UserError("--workers must be 0 or above, and --valid_fraction between 0 and 1")
-    codec = load_codec(codec_name, codec_weights)
+    codec = load_codec(codec_name, codec_weights).to("cuda" if torch.cuda.is_available() else "cpu")
     tracks = find_tracks(music, captions)
     contents = [[t["name"], t["melody_from"], t["caption"], t["metadata"], os.path.getsize(t["path"]),
                  os.path.getsize(t["melody_from"])] for t in tracks]  # fmt: skip

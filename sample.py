@@ -46,8 +46,8 @@ from model import load_model, pick_device
 UNWRITTEN = {".m4a", ".aac", ".opus", ".aiff", ".aif", ".wma", ".mp4", ".webm"}  # audio, but not of FORMATS
 CHOICES = ("cfg", "cfg_beta", "temperature", "top_k", "top_p")
 FILES = ("checkpoint", "prompt", "melody", "style")  # what a clip is made from
-AGAIN = (*FILES, "codec_weights", "seed", "duration", "stride", "style_books", "loudness", "format", *CHOICES)
-TEXTS, OPTIONAL = ("caption", "checkpoint", "format"), ("prompt", "melody", "style", "codec_weights")
+AGAIN = (*FILES, "codec_weights", "seed", "duration", "stride", "style_books", "loudness", "format", "dtype", *CHOICES)
+TEXTS, OPTIONAL = ("caption", "checkpoint", "format", "dtype"), ("prompt", "melody", "style", "codec_weights")
 KINDS = {
     **dict.fromkeys(TEXTS, str),
     **dict.fromkeys(OPTIONAL, (str, type(None))),
@@ -92,6 +92,10 @@ def arguments():
                         )  # fmt: skip
     parser.add_argument("--again", metavar="JSON", help="make again the clip that this file stands beside")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument("--dtype", choices=config.CHOICES["dtype"], default="auto", help="of the weights and of what is"
+                        " computed (default auto: bfloat16 where the device computes in it, else float32)")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="compile first, half a minute or less: worth it for long"
+                        " music, or for much of it")  # fmt: skip
     parser.add_argument("--codec_weights", help="file or folder, where the codec's own are elsewhere than in training")
     args, record = parser.parse_intermixed_args(), {}
     if args.again:
@@ -99,6 +103,7 @@ def arguments():
             if args.checkpoint:
                 raise ValueError("it has its own checkpoint and caption; give options only")
             record = json.loads(Path(args.again).read_text(encoding="utf-8"))
+            record.setdefault("dtype", "float32")  # of clips made before there was a choice
             for key in ("caption", *AGAIN):
                 if not isinstance(record[key], KINDS.get(key, (int, float))):
                     raise ValueError(f'"{key}" is {record[key]!r}')
@@ -175,8 +180,10 @@ def folder_of(out):
 
 def load(args):
     """-> (model, its settings, codec) on the device asked for."""
-    device, _ = pick_device(args.device)
+    device, dtype = pick_device(args.device, args.dtype)
+    args.dtype = str(dtype).removeprefix("torch.")
     model, s, about = load_model(args.checkpoint, device)
+    model.for_generation(dtype, args.compile)
     codec = load_codec(about["name"], s.codec_weights if args.codec_weights is None else args.codec_weights)
     if codec.id != about["id"]:
         raise UserError(f"{args.checkpoint} was trained on codec {about['id']}, and the one found is {codec.id}")
@@ -326,7 +333,7 @@ def describe(args, s, codec, wanted):
     paths = {key: getattr(args, key) for key in FILES}
     return dict(
         {key: wanted[key] for key in CHOICES}, duration=args.duration, stride=wanted["stride"] / codec.frame_rate,
-        style_books=args.style_books, loudness=args.loudness, format=args.format, codec=codec.id,
+        style_books=args.style_books, loudness=args.loudness, format=args.format, dtype=args.dtype, codec=codec.id,
         codec_weights=args.codec_weights,
         **{key: path and str(Path(path).resolve()) for key, path in paths.items()},
         **{f"{key}_sha256": path and sha256(path) for key, path in paths.items()},

@@ -44,6 +44,7 @@ SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layer
 STYLE_SETTINGS = "style_dim style_heads style_layers style_books style_bins style_seconds".split()
 DIVERGED = 100  # nats; blind guessing is ln(card), below 8
 MOST_SKIPPED = 16  # steps in a row of a float16 run: the loss scale, 2^16 at first, is below 1 then
+BEHIND = {"cuda": 1}  # how many steps the host goes on before it hears of one, so that the device never waits for it
 TUNING_SETTINGS = "freeze lora_rank lora_alpha lora_targets".split()  # not to change when a run goes on
 
 
@@ -76,6 +77,21 @@ def validate(model, valid_data, s, T, size, device, autocast):
         total[2] += count
     total = distributed.sum_over_ranks(total)
     return (total[0] / total[2]).tolist(), (total[1] / total[2]).tolist()
+
+
+def prepare_to_compute(model, device, dtype, compiled):
+    """Chooses how attention is computed, and has the blocks compiled at their first use."""
+    if device.type == "cpu" and dtype != torch.float32 and model.trained_frames <= 512:
+        torch.backends.cuda.enable_flash_sdp(False)  # of CPUs too; it is slow there, but a longer S x S costs memory
+    for block in model.blocks if compiled else ():
+        block.forward = torch.compile(block.forward, fullgraph=True)  # and not FSDP's hooks around it
+
+
+def make_optimizer(model, s):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
 
 
 def accumulate(net, model, batch, inputs, size, scaler, autocast):
@@ -245,6 +261,9 @@ def main():
         model.load_state_dict(state, strict=False)
         print(f"beginning with the weights of {s.init_from}")
     model.freeze(s.freeze)
+    steps_left = s.steps - (saved["step"] if saved else 0)
+    worth_it = device.type == "cuda" and steps_left >= 1000
+    prepare_to_compute(model, device, dtype, s.compile == "always" or (s.compile == "auto" and worth_it))
     with torch.device("meta"):
         ema = MusicLM(s, about, tokenizer)
     distributed.beat("spreading the model")
@@ -257,13 +276,8 @@ def main():
         net = distributed.replicate(model, device) if ranks > 1 else model
     ema.to_empty(device=device).eval().requires_grad_(False)
     ema.load_state_dict(model.state_dict())
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     distributed.beat("making the optimizer")
-    optimizer = torch.optim.AdamW(
-        [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)],
-        lr=s.lr, betas=(s.beta1, s.beta2), fused=True,
-    )  # fmt: skip
+    optimizer = make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def autocast():
@@ -442,7 +456,7 @@ def main():
         leave_if_asked()
     drawer = concurrent.futures.ThreadPoolExecutor(1, "batches")
     drawn, under_way, asked, in_a_row = drawer.submit(draw, step), collections.deque(), False, 0
-    behind = int(device.type == "cuda")  # how many steps the host may be ahead of what it has heard of the device
+    behind = BEHIND.get(device.type, 0)
     clock, waited, steps_done, frames_done = time.time(), 0.0, 0, 0
 
     while step < s.steps:

@@ -37,6 +37,7 @@ class Settings:
     seed: int = 0  # fixes the weights, the batches and every dropout draw
     device: str = "auto"  # cuda, mps, cpu, or auto: the first of them that is there
     dtype: str = "auto"  # float32, bfloat16, float16, or auto: bfloat16 where the device computes in it
+    compile: str = "auto"  # the blocks: always, never, or auto: on GPUs, for 1000 steps or more; it takes a minute
     parallel: str = "ddp"  # several processes: ddp, weights on each; fsdp, weights, EMA and optimizer spread over them
     reshard_after_forward: bool = True  # fsdp: free a block's weights until its backward; False: more memory, faster
     activation_checkpointing: bool = False  # compute each block again in the backward pass, to save memory
@@ -114,6 +115,7 @@ class Settings:
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "compile": ("auto", "always", "never"),
     "parallel": ("ddp", "fsdp"),
     "pattern": ("delay", "parallel", "unrolled"),
     "logger": ("", "tensorboard", "wandb"),

@@ -248,7 +248,12 @@ def test_interactive_reads_captions_until_an_empty_line(play, tmp_path, monkeypa
 def test_windows_go_on_by_the_stride(play, toy_run, monkeypatch):
     model = load_model(toy_run[0] / "best.pt")[0]  # trained on 50 frames
     contexts, usual = [], model.continue_codes
-    monkeypatch.setattr(model, "continue_codes", lambda *args: contexts.append(args[0]) or usual(*args))
+
+    def watched(context, T, *rest):
+        contexts.append(context[:, :, :T].clone())
+        return usual(context, T, *rest)
+
+    monkeypatch.setattr(model, "continue_codes", watched)
     for stride, starts in ((None, [0, 50, 75, 100]), (30, [0, 50, 80]), (10, [0, 50, 60, 70, 80, 90, 100])):
         contexts.clear()
         codes = model.generate([{"text": "bells"}], 110, stride=stride)
@@ -270,8 +275,8 @@ def test_frames_are_streamed_as_soon_as_they_are_final(toy_run, monkeypatch, pat
     model = MusicLM(dataclasses.replace(settings, pattern=pattern, segment=0.4), codec, tokenizer).eval()
     with torch.no_grad():
         model.embed.weight.mul_(5)
-    calls, usual = [], model.hidden
-    monkeypatch.setattr(model, "hidden", lambda *args: calls.append(1) or usual(*args))
+    calls, usual = [], model.step
+    monkeypatch.setattr(model, "step", lambda *args: calls.append(1) or usual(*args))
     prompt = torch.randint(0, model.card, (1, 4, 5)) if prompted else None
     conditions, choice = [{"text": "bells"}, {}], dict(prompt=prompt, seeds=[3, 4], stride=6)
     whole = model.generate(conditions, 33, **choice)

@@ -1,5 +1,7 @@
 """The whole program at toy size, mostly by the real command line."""
 
+import contextlib
+import copy
 import functools
 import json
 import math
@@ -16,10 +18,11 @@ import soundfile
 import torch
 from conftest import ROOT, TOY, finish, start
 
+import config
 import data
 import sample
 import train
-from model import load_model
+from model import MusicLM, load_model
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "config").glob("[!_]*.py"))
 SMALL = (
@@ -306,6 +309,63 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(dataset, tmp
     (said,) = [line for line in output.splitlines() if "error:" in line]
     assert status == 2 and re.search(r"step [789]: loss (nan|inf), gradient norm nan.*last.pt is whole", said)
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def make_step(settings=None):
+    """A toy model, what `accumulate` and `update` take besides it, and a batch."""
+    s = config.load([*TOY, *(settings or [])], "")
+    codec = dict(K=4, card=64, frame_rate=50, dim=8)
+    model, ema = (MusicLM(s, codec, data.train_tokenizer([], 300)) for _ in range(2))
+    codes, everything = torch.randint(64, (4, 4, 50)), torch.ones(4, 50, dtype=torch.bool)
+    batch = data.Batch(codes, everything, everything, [{"text": "bells"}] * 4, [], everything)
+    return s, model, ema, train.make_optimizer(model, s), torch.amp.GradScaler("cpu", enabled=False), batch
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), 101.0])
+def test_weights_and_optimizer_stay_as_they_are_where_a_step_is_bad(loss):
+    s, model, ema, optimizer, scaler, batch = make_step()
+    inputs = [model.conditioner.prepare(batch.conditions, "cpu")]
+    for step, ce in ((1, 4.0), (2, loss)):
+        train.accumulate(model, model, batch, inputs, 4, scaler, contextlib.nullcontext)
+        before = [p.clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict()["state"])
+        train.update(model, ema, optimizer, scaler, torch.full((4,), ce), step, s)
+        same = all(map(torch.equal, before[0], model.parameters()))
+        assert same == (step == 2)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before[1], rtol=0, atol=0)
+
+
+def test_hearing_of_a_step_one_step_later_changes_nothing(dataset, tmp_path, command, monkeypatch):
+    """As on GPUs, where the host runs ahead: the same log, and a bad step is told of by its number."""
+    logs = []
+    for name, behind in (("at_once", 0), ("later", 1)):
+        monkeypatch.setattr(train, "BEHIND", {"cpu": behind})
+        status, output = command(train, *TOY, f"--data={dataset}", f"--out={tmp_path / name}", "--log_every=2")
+        assert status == 0, output
+        logs.append([json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")])
+    timeless = [[{key: value for key, value in line.items() if key not in ("tokens_per_s", "data_wait")}
+                 for line in log] for log in logs]  # fmt: skip
+    assert timeless[0] == timeless[1] and len(logs[0]) == 3
+    status, output = command(train, *TOY, f"--data={dataset}", f"--out={tmp_path / 'bad'}", "--lr=1e30", "--warmup=0")
+    assert status == 2 and "step 2: loss" in output and "nothing was saved" in output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_step_waits_for_the_gpu(dtype):
+    s, model, ema, _, _, batch = make_step()
+    model, ema = model.cuda().train(), ema.cuda()
+    optimizer, scaler = train.make_optimizer(model, s), torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    autocast = functools.partial(torch.autocast, "cuda", dtype, enabled=dtype != torch.float32)
+    for step in (1, 2, 3):
+        if step == 2:
+            torch.cuda.set_sync_debug_mode("error")
+        inputs = [model.conditioner.prepare(batch.conditions, "cuda")]
+        ce_q = train.accumulate(model, model, batch.to("cuda"), inputs, 4, scaler, autocast)
+        norm = train.update(model, ema, optimizer, scaler, ce_q, step, s)
+        later = train.Later(torch.cat([ce_q, norm[None]]))
+    torch.cuda.set_sync_debug_mode("default")
+    assert len(later.read()) == 5
 
 
 def test_a_new_run_may_begin_with_the_weights_of_another(dataset, tmp_path, command):

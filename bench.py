@@ -1,0 +1,306 @@
+"""How fast training and generation are, beside what the machine can do at best, and beside other programs.
+
+    python bench.py                                       # tiny, on the device that there is
+    python bench.py --size small --train_batch 1 --generate_batch 1,4 --generate_frames 50
+    python bench.py --compile --peers                     # compiled too, and the peers that are installed (peers.py)
+    python bench.py --work train --size small --train_batch 8 --train_frames 1500 --dtype bfloat16 --compile
+
+What is in one table is timed in turn, once each, `--repeats` times over, and medians are given: whatever else the
+machine does falls on all alike. The ceilings are the arithmetic of a large matrix product and the bandwidth of a large
+copy. The step is train.py's and the generation model.py's.
+
+Letters: B batch, K codebooks, T frames.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import config
+import data
+import demo_music
+import peers
+import train
+from codec import encode_many, load_audio, load_codec
+from config import Settings, UserError, first_line
+from model import MusicLM, pick_device
+
+SIZES = {
+    "tiny": dict(dim=256, heads=4, layers=6),
+    "small": dict(dim=1024, heads=16, layers=24),
+    "medium": dict(dim=1536, heads=24, layers=48),
+}
+K, FRAME_RATE, CFG, TOP_K = 4, 50, 3.0, 250
+CONDITIONS = {"text": "a slow piano melody in a minor key, with drums"}
+
+
+# --------------------------------------------------------------------------------------------------- the clock
+
+
+def clock(call, device):
+    def synchronize():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def in_turn(calls, device, repeats):
+    """{name: callable} -> {name: (seconds of the first call, median seconds of the others)}, without failing peers."""
+    first = {}
+    for name, call in calls.items():
+        try:
+            first[name] = clock(call, device)
+        except Exception as error:
+            if name[0] not in peers.NAMES:
+                raise
+            print(f"{name[0]}{' compiled' * name[1]} is left out: {first_line(error)}")
+    times = {name: [] for name in first}
+    for _ in range(repeats):
+        for name in first:
+            times[name].append(clock(calls[name], device))
+    return {name: (first[name], statistics.median(times[name])) for name in first}
+
+
+def ceilings(device, dtype):
+    """(floating-point operations, bytes read and written) a second."""
+    n, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = in_turn({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, 10)
+    return 2 * n**3 / found["product"][1], 2 * size / found["copy"][1]
+
+
+def print_table(title, times, units, unit, share_of_ceiling):
+    """times: {(name, compiled): (seconds of the first call, median seconds)}, `units` done in each."""
+    print(f"\n{title}")
+    ours = max(units / seconds for (name, _), (_, seconds) in times.items() if name == "ours")
+    for (name, compiled), (first, seconds) in times.items():
+        rate = units / seconds
+        beside = f"{100 * share_of_ceiling(rate):.0f} % of ceiling" if name == "ours" else f"ours: {ours / rate:.2f} x"
+        print(f"  {name + ' compiled' * compiled:22}{rate:12,.1f} {unit}  {beside:17} first call {first:.1f} s")
+
+
+def peak_memory(device):
+    """GiB: of tensors on a GPU, else of this process since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---------------------------------------------------------------------------------------------------- the work
+
+
+def shape_of(args):
+    return dict(**SIZES[args.size], card=args.card, K=K)
+
+
+def make_model(args, frames):
+    torch.manual_seed(0)
+    sizes = dict(**SIZES[args.size], segment=frames / FRAME_RATE)
+    s = Settings(**sizes, activation_checkpointing=args.activation_checkpointing)
+    tokenizer = data.train_tokenizer([dict(caption=CONDITIONS["text"], metadata={})], 1000)
+    return MusicLM(s, dict(K=K, card=args.card, frame_rate=FRAME_RATE, dim=64), tokenizer), s
+
+
+def condition_length(args):
+    return len(make_model(args, 100)[0].conditioner.text.tokenizer.encode(CONDITIONS["text"]))
+
+
+def rows_of(args, make_peer):
+    """{(name, compiled): call} of the peers that are asked for and installed."""
+    rows, compiled_too = {}, (False, True)[: 1 + args.compile]
+    for name in peers.NAMES if args.peers else ():
+        for compiled in compiled_too:
+            try:
+                rows[name, compiled] = make_peer(name, compiled)
+            except ImportError as error:
+                print(f"{name} is left out: {error}")
+    return rows
+
+
+def our_training(args, B, device, dtype, compiled):
+    """-> (model, a call that trains one step, and with True gives the seconds that its optimizer has taken)."""
+    T = args.train_frames
+    (model, s), (ema, _) = make_model(args, T), make_model(args, T)
+    model, ema = model.train().to(device), ema.to(device)
+    train.prepare_to_compute(model, device, dtype, compiled)
+    optimizer = train.make_optimizer(model, s)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    everything = torch.ones(B, T, dtype=torch.bool)
+    codes = torch.randint(args.card, (B, K, T))
+    batch = data.Batch(codes, everything, everything, [CONDITIONS] * B, [], everything).to(device)
+    inputs = [model.conditioner.prepare(batch.conditions, device)]
+
+    def step(apart=False):
+        ce_q = train.accumulate(model, model, batch, inputs, B, scaler, autocast)
+
+        def update():
+            train.update(model, ema, optimizer, scaler, ce_q, 1, s)
+
+        return clock(update, device) if apart else update()
+
+    return model, step
+
+
+def drawing(args, B):
+    """Seconds to draw a batch from the memory map, which train.py does while the step before is under way."""
+    frames, clips = 30 * FRAME_RATE, 50
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = np.random.default_rng(0).integers(args.card, size=(clips * frames, K)).astype(np.uint16)
+        tracks = [dict(name=f"{i}", caption=CONDITIONS["text"], metadata={}, first=i * frames, frames=frames)
+                  for i in range(clips)]  # fmt: skip
+        data.write_split(Path(folder), "train", tracks, tokens, np.zeros(len(tokens), np.uint8))
+        codec = dict(K=K, card=args.card, frame_rate=FRAME_RATE, name="random")
+        data.write_json(Path(folder, "meta.json"),
+                        dict(format=data.DATA_FORMAT, codec=codec, train=dict(frames=len(tokens))))  # fmt: skip
+        s, tokens = Settings(batch_size=B), data.Tokens(folder, "train")
+        return in_turn({"": lambda: tokens.batch(0, s, args.train_frames)}, torch.device("cpu"), 10)[""][1]
+
+
+def bench_training(args, B, device, dtype, product):
+    L, T = condition_length(args), args.train_frames
+    steps = {}
+    for compiled in (False, True)[: 1 + args.compile]:
+        model, steps["ours", compiled] = our_training(args, B, device, dtype, compiled)
+
+    def make_peer(name, compiled):
+        return peers.training(name, shape_of(args), B, T, L, device, dtype, compiled)
+
+    steps |= rows_of(args, make_peer)
+    times, units = in_turn(steps, device, args.repeats), B * K * T
+    title = f"training {args.size}: B {B}, T {T}, {str(dtype)[6:]}; ceiling: that of the matrix product"
+    print_table(title, times, units, "tokens/s", lambda rate: rate / units * B * model.flops() / product)
+    seconds, step = times["ours", args.compile][1], steps["ours", args.compile]
+    optimizer = statistics.median(step(apart=True) for _ in range(args.repeats)) / seconds
+    print(f"  ours: forward and backward {100 - 100 * optimizer:.1f} %, optimizer and average {100 * optimizer:.1f} %,"
+          f" the next batch, drawn meanwhile, {100 * drawing(args, B) / seconds:.1f} %;"
+          f" peak memory {peak_memory(device):.1f} GiB")  # fmt: skip
+
+
+def bench_generation(args, B, device, dtype, copy):
+    L, T, rows = condition_length(args), args.generate_frames, {}
+    for compiled in (False, True)[: 1 + args.compile]:
+        model = make_model(args, T)[0].eval().requires_grad_(False).to(device)
+        model.for_generation(dtype, compiled)
+        rows["ours", compiled] = functools.partial(model.generate, [CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K)
+
+    def make_peer(name, compiled):
+        return peers.generation(name, shape_of(args), B, T, L, device, dtype, CFG, TOP_K, compiled)
+
+    rows |= rows_of(args, make_peer)
+    times = in_turn(rows, device, args.repeats)
+    weights = sum(p.numel() * p.element_size() for part in (model.blocks, model.heads) for name, p in
+                  part.named_parameters() if "cross_kv" not in name)  # fmt: skip
+    title = (f"generation {args.size}: B {B}, {T} frames, guidance {CFG:g}, {str(dtype)[6:]}; frames/s of one stream;"
+             f" ceiling: reading {weights / 1e6:.0f} MB of weights a frame")  # fmt: skip
+    print_table(title, times, T, "frames/s", lambda rate: rate * weights / copy)
+    seconds = times["ours", args.compile][1]
+    first = in_turn({"": lambda: next(model.stream([CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K))}, device, args.repeats)
+    print(f"  ours: {B * T / FRAME_RATE / seconds:.1f} x real time, all streams together; first frame after"
+          f" {1000 * first[''][1]:.0f} ms; {T * weights / seconds / 1e9:.1f} GB/s of weights")  # fmt: skip
+
+
+def bench_prepare(args):
+    """`data.py prepare` on clips of the demo, beside its codec alone on as many processes, a file at a time."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        clips, audio = args.clips, Path(folder, "audio")
+        demo_music.write_corpus(audio, clips)
+        codec = load_codec("tiny").to("cuda" if torch.cuda.is_available() else "cpu")
+        wavs = [load_audio(path, codec.sample_rate, 1) for path in sorted(audio.glob("*.flac"))]
+        seconds = sum(wav.shape[1] for wav in wavs) / codec.sample_rate
+        if codec.device.type == "cuda":
+            alone = clock(lambda: [encode_many(codec, wavs[i : i + 16]) for i in range(0, clips, 16)], codec.device)
+        else:
+            workers = os.cpu_count()
+            with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+                shares = [(codec, [wav.numpy() for wav in wavs[i::workers]]) for i in range(workers)]
+                alone = max(pool.map(encode_alone, shares))
+        start = time.perf_counter()
+        data.prepare(audio / "manifest.jsonl", Path(folder, "data"))
+        whole = time.perf_counter() - start
+    print(f"\nprepare: {clips} clips, {seconds / 60:.0f} minutes")
+    print(f"  the codec alone       {seconds / alone:12.0f} x real time")
+    print(f"  data.py prepare       {seconds / whole:12.0f} x real time, {100 * alone / whole:.0f} % of that")
+
+
+def encode_alone(share):
+    """Seconds that a worker takes."""
+    codec, wavs = share
+    wavs = [torch.from_numpy(wav) for wav in wavs]
+    encode_many(codec, wavs[:1])
+    start = time.perf_counter()
+    for wav in wavs:
+        encode_many(codec, [wav])
+    return time.perf_counter() - start
+
+
+def bench_start_up(args):
+    """From the shell to the end of --help: Python, torch and every module."""
+    here = dict(cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, check=True)
+    calls = {program: functools.partial(subprocess.run, [sys.executable, program, "--help"], **here)
+             for program in ("train.py", "sample.py")}  # fmt: skip
+    calls["import torch alone"] = functools.partial(subprocess.run, [sys.executable, "-c", "import torch"], **here)
+    print("\nstart-up")
+    for name, (_, seconds) in in_turn(calls, torch.device("cpu"), args.repeats).items():
+        print(f"  {name:22}{seconds:12.2f} s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", default="train,generate,start", help="of train, generate, prepare and start")
+    parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument("--card", type=int, help="codebook size (default: 1024 for tiny, else 2048)")
+    parser.add_argument("--train_batch", default="8", help="items, or several numbers of them (default 8)")
+    parser.add_argument("--train_frames", type=int, default=250, help="frames of each (default 250)")
+    parser.add_argument("--generate_batch", default="1,4", help="streams at once (default 1,4)")
+    parser.add_argument("--generate_frames", type=int, default=500, help="frames of each (default 500)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: as train.py has it)")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
+    parser.add_argument("--compile", action="store_true", help="time compiled code too; its first call compiles it")
+    parser.add_argument("--activation_checkpointing", action="store_true", help="as in training")
+    parser.add_argument("--peers", action="store_true", help="transformers and audiocraft too, where installed")
+    parser.add_argument("--clips", type=int, default=1500, help="of the demo, to prepare (default 1500)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each, in turn (default 5)")
+    args = parser.parse_args()
+    args.card = args.card or (1024 if args.size == "tiny" else 2048)
+    device, dtype = pick_device(args.device, args.dtype)
+    product, copy = ceilings(device, dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}, torch {torch.__version__}, {str(dtype)[6:]}; ceilings: matrix product {product / 1e9:,.0f} GFLOP/s,"
+          f" copy {copy / 1e9:,.1f} GB/s read and written")  # fmt: skip
+    if unknown := set(args.work.split(",")) - {"train", "generate", "prepare", "start"}:
+        raise UserError(f"--work: there is no '{unknown.pop()}'; choose of train, generate, prepare and start")
+    if "train" in args.work:
+        for B in map(int, args.train_batch.split(",")):
+            bench_training(args, B, device, dtype, product)
+    if "generate" in args.work:
+        for B in map(int, args.generate_batch.split(",")):
+            bench_generation(args, B, device, dtype, copy)
+    if "prepare" in args.work:
+        bench_prepare(args)
+    if "start" in args.work:
+        bench_start_up(args)
+
+
+if __name__ == "__main__":
+    config.run(main)
