@@ -128,7 +128,7 @@ def condition_length(args):
 def rows_of(args, make_peer):
     """{(name, compiled): call} of the peers that are asked for and installed."""
     rows, compiled_too = {}, (False, True)[: 1 + args.compile]
-    for name in peers.NAMES if args.peers else ():
+    for name in filter(None, args.peers.split(",")):
         for compiled in compiled_too:
             try:
                 rows[name, compiled] = make_peer(name, compiled)
@@ -172,7 +172,7 @@ def drawing(args, B):
         data.write_split(Path(folder), "train", tracks, tokens, np.zeros(len(tokens), np.uint8))
         codec = dict(K=K, card=args.card, frame_rate=FRAME_RATE, name="random")
         data.write_json(Path(folder, "meta.json"),
-                        dict(format=data.DATA_FORMAT, codec=codec, train=dict(frames=len(tokens))))  # fmt: skip
+                        dict(format=data.DATA_FORMAT, codec=codec, train=dict(frames=len(tokens)), valid=dict(frames=1)))  # fmt: skip
         s, tokens = Settings(batch_size=B), data.Tokens(folder, "train")
         return in_turn({"": lambda: tokens.batch(0, s, args.train_frames)}, torch.device("cpu"), 10)[""][1]
 
@@ -265,20 +265,27 @@ def bench_start_up(args):
         print(f"  {name:22}{seconds:12.2f} s")
 
 
+def numbers(text):
+    return [int(part) for part in text.split(",")]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="train,generate,start", help="of train, generate, prepare and start")
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--card", type=int, help="codebook size (default: 1024 for tiny, else 2048)")
-    parser.add_argument("--train_batch", default="8", help="items, or several numbers of them (default 8)")
+    parser.add_argument(
+        "--train_batch", type=numbers, default=[8], help="items, or several numbers of them (default 8)"
+    )
     parser.add_argument("--train_frames", type=int, default=250, help="frames of each (default 250)")
-    parser.add_argument("--generate_batch", default="1,4", help="streams at once (default 1,4)")
+    parser.add_argument("--generate_batch", type=numbers, default=[1, 4], help="streams at once (default 1,4)")
     parser.add_argument("--generate_frames", type=int, default=500, help="frames of each (default 500)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: as train.py has it)")
+    parser.add_argument("--dtype", choices=config.CHOICES["dtype"], default="auto", help="default: as in training")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     parser.add_argument("--compile", action="store_true", help="time compiled code too; its first call compiles it")
     parser.add_argument("--activation_checkpointing", action="store_true", help="as in training")
-    parser.add_argument("--peers", action="store_true", help="transformers and audiocraft too, where installed")
+    parser.add_argument("--peers", nargs="?", default="", const=",".join(peers.NAMES), help="beside transformers and"
+                        " audiocraft, where installed, or the one named: all are in memory together")  # fmt: skip
     parser.add_argument("--clips", type=int, default=1500, help="of the demo, to prepare (default 1500)")
     parser.add_argument("--repeats", type=int, default=5, help="of each, in turn (default 5)")
     args = parser.parse_args()
@@ -290,11 +297,13 @@ def main():
           f" copy {copy / 1e9:,.1f} GB/s read and written")  # fmt: skip
     if unknown := set(args.work.split(",")) - {"train", "generate", "prepare", "start"}:
         raise UserError(f"--work: there is no '{unknown.pop()}'; choose of train, generate, prepare and start")
+    if unknown := set(filter(None, args.peers.split(","))) - set(peers.NAMES):
+        raise UserError(f"--peers: there is no '{unknown.pop()}'; choose of {' and '.join(peers.NAMES)}")
     if "train" in args.work:
-        for B in map(int, args.train_batch.split(",")):
+        for B in args.train_batch:
             bench_training(args, B, device, dtype, product)
     if "generate" in args.work:
-        for B in map(int, args.generate_batch.split(",")):
+        for B in args.generate_batch:
             bench_generation(args, B, device, dtype, copy)
     if "prepare" in args.work:
         bench_prepare(args)

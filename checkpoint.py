@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import torch
@@ -66,6 +67,9 @@ def read_checkpoint(path, kind):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train one with: python train.py config/demo.py")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save writes
+            if broken := archive.testzip():
+                raise ValueError(f"a wrong checksum in {broken}")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(

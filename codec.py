@@ -74,6 +74,8 @@ def load_audio(path, sample_rate, channels=1):
     wav = soxr.resample(wav, rate, sample_rate).T
     if not wav.size:
         raise UserError(f"{path}: too short, not one sample long at {sample_rate} Hz")
+    if not np.isfinite(wav).all():
+        raise UserError(f"{path}: holds samples too large to be music")
     return torch.from_numpy(np.ascontiguousarray(wav, dtype=np.float32))
 
 

@@ -38,7 +38,7 @@ import config
 import distributed
 from codec import SUFFIXES, encode_many, load_audio, load_codec
 from conditioning import CHROMA_RATE, SILENCE, all_conditions, draw_conditions, melody_of, to_device
-from config import UserError
+from config import UserError, first_line
 
 SHARD_FRAMES = 100_000_000
 DATA_FORMAT = 2
@@ -314,10 +314,13 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     (work / "tokenizer.model").write_bytes(train_tokenizer(sides["train"], vocab_size))
     np.save(work / "counts.npy", [histogram(tokens, side, codec.card) for side in sides.values()])
     counts = {split: dict(tracks=len(side), frames=sum(t["frames"] for t in side)) for split, side in sides.items()}
-    write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=codec.about(), **counts, request=request))
+    scratch = [work / name for name in ("tokens.bin", "melody.bin", "journal.jsonl", "request.json")]
+    checksums = {path.name: checksum(path) for path in sorted(set(work.iterdir()) - set(scratch))}
+    write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=codec.about(), **counts, request=request,
+                                        checksums=checksums))  # fmt: skip
     work.rename(out)
-    for name in ("tokens.bin", "melody.bin", "journal.jsonl", "request.json"):
-        (out / name).unlink()
+    for path in scratch:
+        (out / path.name).unlink()
     for split, count in counts.items():
         print(f"{split}: {count['tracks']} tracks, {count['frames'] / codec.frame_rate / 60:.1f} minutes")
     if skipped:
@@ -347,10 +350,74 @@ def load_meta(folder):
         raise UserError(
             f"{folder}: not a prepared data set; make one with: python data.py prepare MUSIC --out {folder}"
         )
-    meta = json.loads(path.read_text())
-    if meta.get("format") != DATA_FORMAT:
-        raise UserError(f"{path}: format {meta.get('format')}, and this code reads {DATA_FORMAT}; prepare it again")
+    try:
+        meta = json.loads(path.read_text())
+        if meta["format"] == DATA_FORMAT:
+            sizes = [meta["codec"][key] for key in ("K", "card", "frame_rate")]
+            sizes += [meta[split]["frames"] for split in ("train", "valid")]
+            if not all(type(size) is int and size > 0 for size in sizes):
+                raise ValueError("a size is no number above 0")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({first_line(error)}); prepare the data again") from None
+    if meta["format"] != DATA_FORMAT:
+        raise UserError(f"{path}: format {meta['format']}, and this code reads {DATA_FORMAT}; prepare it again")
     return meta
+
+
+def checksum(path):
+    """CRC-32 of a file, at about a gigabyte a second."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            distributed.beat("checking the data")
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def refuse_damage(folder):
+    """Raises UserError if a file is not as `prepare` has left it: tokens that are wrong sound like any others."""
+    for name, crc in load_meta(folder).get("checksums", {}).items():
+        path = Path(folder, name)
+        if not path.is_file() or checksum(path) != crc:
+            raise UserError(
+                f"{path}: is gone, or not as it was prepared (its checksum differs); prepare the data again"
+            )
+
+
+def read_tokenizer(folder):
+    """The bytes of a data set's SentencePiece model."""
+    path = Path(folder, "tokenizer.model")
+    try:
+        content = path.read_bytes()
+        sentencepiece.SentencePieceProcessor(model_proto=content)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); prepare the data again") from None
+    return content
+
+
+def read_tracks(path, frames):
+    """The tracks of a shard's .jsonl, which must lie within its `frames`."""
+    try:
+        tracks = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for track in tracks:
+            texts, numbers = (track["name"], track["caption"]), (track["first"], track["frames"])
+            if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
+                raise ValueError(f"{track['name']}: a value is of the wrong kind")
+            if (
+                not 0 <= track["first"] < track["first"] + track["frames"] <= frames
+                or type(track["metadata"]) is not dict
+            ):
+                raise ValueError(f"{track['name']}: is no part of its shard")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({first_line(error)}); prepare the data again") from None
+    return tracks
+
+
+def read_array(path, **how):
+    try:
+        return np.load(path, **how)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); prepare the data again") from None
 
 
 class Tokens:
@@ -364,17 +431,12 @@ class Tokens:
         for path in sorted(self.folder.glob(f"{split}_*.jsonl")):
             for arrays, suffix in ((self.shards, ".npy"), (self.melodies, "_melody.npy")):
                 file = path.with_name(path.stem + suffix)
-                try:
-                    arrays.append(np.load(file, mmap_mode="r"))
-                except (OSError, ValueError) as error:
-                    raise UserError(f"{file}: cannot be read ({error}); prepare the data again") from None
-            for line in path.read_text(encoding="utf-8").splitlines():
-                self.tracks.append({**json.loads(line), "shard": len(self.shards) - 1})
-        frames = sum(track["frames"] for track in self.tracks)
-        shapes = [(shard.shape[1:], melody.shape) for shard, melody in zip(self.shards, self.melodies)]
-        if frames != self.meta[split]["frames"] or any(
-            shape != ((self.K,), shard.shape[:1]) for shape, shard in zip(shapes, self.shards)
-        ):
+                arrays.append(read_array(file, mmap_mode="r"))
+            shard, melody, number = self.shards[-1], self.melodies[-1], len(self.shards) - 1
+            if (shard.dtype, shard.shape[1:], melody.dtype, melody.shape) != ("u2", (self.K,), "u1", shard.shape[:1]):
+                raise UserError(f"{file}: does not agree with meta.json or its melody; prepare the data again")
+            self.tracks += [{**track, "shard": number} for track in read_tracks(path, len(shard))]
+        if sum(track["frames"] for track in self.tracks) != self.meta[split]["frames"]:
             raise UserError(f"{folder}: the {split} shards do not agree with meta.json; prepare the data again")
         self.ends = np.cumsum([track["frames"] for track in self.tracks])
 
@@ -467,9 +529,12 @@ class Tokens:
 
 def unigram_ce(folder):
     """Held-out cross-entropy in nats, float [K], of the best model that knows only how often each code occurs."""
-    train, valid = np.load(Path(folder, "counts.npy"))
+    counts, codec = read_array(Path(folder, "counts.npy")), load_meta(folder)["codec"]
+    if counts.dtype != np.int64 or counts.shape != (2, codec["K"], codec["card"]) or counts.min() < 0:
+        raise UserError(f"{folder}: counts.npy does not agree with meta.json; prepare the data again")
+    train, valid = counts
     p = train + 1.0
-    return -(valid * np.log(p / p.sum(1, keepdims=True))).sum(1) / valid.sum(1)
+    return -(valid * np.log(p / p.sum(1, keepdims=True))).sum(1) / valid.sum(1).clip(min=1)
 
 
 def fingerprint(folder):
@@ -489,6 +554,7 @@ def check(folder, codec_weights=""):
     meta, problems, seen = load_meta(folder), [], {}
     rate, codec = meta["codec"]["frame_rate"], load_codec(meta["codec"]["name"], codec_weights)
     quiet = codec.encode(torch.zeros(1, codec.channels, codec.sample_rate))[0, :, codec.frame_rate // 2].cpu().numpy()
+    refuse_damage(folder)
     print(f"{folder}: {meta['codec']['id']}, card {meta['codec']['card']}, {rate} frames/s")
     for split in ("train", "valid"):
         side = Tokens(folder, split)

@@ -36,7 +36,7 @@ def estimate(s):
     """
     there = Path(s.data, "meta.json").exists()
     codec = data.load_meta(s.data)["codec"] if there else describe_codec(s.codec)
-    tokenizer = Path(s.data, "tokenizer.model").read_bytes() if there else data.train_tokenizer([], VOCABULARY)
+    tokenizer = data.read_tokenizer(s.data) if there else data.train_tokenizer([], VOCABULARY)
     device = torch.device("cuda" if torch.cuda.is_available() and s.device in ("auto", "cuda") else "cpu")
     dtype = torch.bfloat16 if s.dtype == "auto" else getattr(torch, s.dtype)
     with torch.device("meta"):

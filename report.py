@@ -147,11 +147,15 @@ addEventListener('pointermove', e => {
 
 def read(path, log=False):
     """A JSON file, or a log, which has one value on each line; a last line without its end was cut by a kill."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
     try:
-        return json.loads("[" + ",".join(text.split("\n")[:-1]) + "]" if log else text or "{}")
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        found = json.loads("[" + ",".join(text.split("\n")[:-1]) + "]" if log else text or "{}")
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); mend or remove it") from None
+    lines = found if log else [found]
+    if not all(isinstance(line, dict) and (not log or type(line.get("step")) is int) for line in lines):
+        raise UserError(f"{path}: not what a run writes, an object{' with its step on each line' * log}; remove it")
+    return found
 
 
 def spectrogram(path, sample_rate):

@@ -103,7 +103,7 @@ def arguments():
             if args.checkpoint:
                 raise ValueError("it has its own checkpoint and caption; give options only")
             record = json.loads(Path(args.again).read_text(encoding="utf-8"))
-            record.setdefault("dtype", "float32")  # of clips made before there was a choice
+            record = {"dtype": "float32", **record}  # of clips made before there was a choice
             for key in ("caption", *AGAIN):
                 if not isinstance(record[key], KINDS.get(key, (int, float))):
                     raise ValueError(f'"{key}" is {record[key]!r}')

@@ -225,6 +225,8 @@ def main():
     if s.demo_clips and rank == 0 and not Path(s.data, "meta.json").exists():
         demo_music.write_corpus(s.data + "_audio", s.demo_clips, progress=lambda: distributed.beat("synthesising"))
         data.prepare(f"{s.data}_audio/manifest.jsonl", s.data, s.codec, s.codec_weights)
+    if rank == 0:
+        data.refuse_damage(s.data)
     distributed.wait()
     train_data, valid_data = data.Tokens(s.data, "train"), data.Tokens(s.data, "valid")
     distributed.refuse_differences(content_of_the_data=data.fingerprint(s.data))
@@ -235,7 +237,7 @@ def main():
         )
     unigram = data.unigram_ce(s.data).tolist()
     T = round(s.segment * codec.frame_rate)
-    tokenizer = Path(s.data, "tokenizer.model").read_bytes()
+    tokenizer = data.read_tokenizer(s.data)
     if saved or parent:
         other_tokenizer = tokenizer != (saved or parent)["tokenizer"]
         if other_tokenizer and inherits:

@@ -22,6 +22,10 @@ from pathlib import Path
 class UserError(ValueError):
     """Bad input. The message is one line that says what was wrong, where, and what to do."""
 
+    def __str__(self):  # of what was typed or read, nothing may break the line or steer a terminal
+        text = super().__str__()
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
 
 def first_line(error):
     """What an exception says, on one line of at most 100 characters."""
@@ -162,7 +166,7 @@ def from_file(path):
         raise UserError(f"{path}: no such config file; there are {known}")
     try:
         assigned = runpy.run_path(str(path))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     public = {k: v for k, v in assigned.items() if not k.startswith("_") and not inspect.ismodule(v)}
     return {key: checked(key, value, path) for key, value in public.items()}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -15,6 +16,10 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import demo_music  # noqa: E402
+
+hypothesis.settings.register_profile("usual", max_examples=30, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("long", max_examples=1000, deadline=None, database=None)
+hypothesis.settings.load_profile("usual")
 
 torch.set_num_threads(1)  # toys gain nothing from a second, and the processes that tests start need the other core
 

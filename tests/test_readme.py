@@ -67,6 +67,10 @@ def parsed(line, home):
         args += [f"--data={home / 'data' / 'demo'}"] if "data=" not in line else []
     if "--stream" in args:
         args += ["--duration", "2"]
+    if program == "bench.py":
+        args += "--size tiny --train_batch 1 --train_frames 20 --generate_batch 1 --generate_frames 8".split()
+        args += "--dtype float32 --repeats 1 --clips 6".split()
+        args = [word for word in args if word not in ("--compile", "--peers")]
     if program == "demo_music.py":
         args += ["--clips", "3"]
     if program == "metrics.py":

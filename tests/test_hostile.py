@@ -1,0 +1,385 @@
+"""Input made to break things, by hypothesis: either it works, or one line says what is wrong. Never a traceback.
+
+A few dozen examples of each kind are tried in the usual run, thousands by: pytest tests/test_hostile.py
+--hypothesis-profile=long
+"""
+
+import functools
+import html.parser
+import io
+import json
+import pickle
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import strategies as st
+
+import config
+import data
+import report
+from checkpoint import read_checkpoint, save_checkpoint
+from codec import file_name, load_audio, load_codec
+from conditioning import TextEmbedder, merge_text
+from config import Settings, UserError
+from model import MusicLM
+from patterns import make_pattern
+
+IN_PLACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+MOST = 400  # characters of an error message, the paths of the tests among them
+
+
+def works_or_explains(call):
+    """What a call returns, or None where it refuses in one line."""
+    try:
+        return call()
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and 10 < len(str(error)) < MOST, str(error)
+        event("refused")
+
+
+# --------------------------------------------------------------------------------------------------- patterns
+
+
+@st.composite
+def patterns(draw):
+    K, T = draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    name = draw(st.sampled_from(["delay", "parallel", "unrolled"]))
+    delays = draw(st.none() | st.lists(st.integers(0, 12), min_size=K, max_size=K)) if name == "delay" else None
+    return make_pattern(name, K, T, delays, training=draw(st.booleans()))
+
+
+@given(patterns(), st.integers(0, 2**32))
+def test_patterns_are_undone_and_their_masks_agree(pattern, seed):
+    codes = torch.randint(50, (2, pattern.K, pattern.T), generator=torch.Generator().manual_seed(seed))
+    sequence = pattern.build(codes, special=50)
+    back = pattern.revert(sequence, special=50)
+    assert torch.equal(back, codes.masked_fill(~pattern.frame_mask, 50))
+    assert sequence.shape == (2, pattern.K, pattern.S) and torch.equal(
+        sequence != 50, pattern.step_mask.expand(2, -1, -1)
+    )
+    assert torch.equal(pattern.step_mask.sum(1), pattern.frame_mask.sum(1)) and not pattern.step_mask[:, 0].any()
+    assert (pattern.step[:, 1:] > pattern.step[:, :-1]).all()
+
+
+@given(
+    st.text(max_size=8), st.integers(1, 5), st.lists(st.integers(-2, 6) | st.floats() | st.text(max_size=2), max_size=6)
+)
+def test_any_delays_are_taken_or_refused(name, K, delays):
+    works_or_explains(lambda: make_pattern(name, K, 5, delays))
+    pattern = works_or_explains(lambda: make_pattern("delay", K, 5, delays))
+    assert (pattern is None) == (len(delays) != K or any(type(delay) is not int or delay < 0 for delay in delays))
+
+
+# ------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    s = Settings(dim=16, heads=2, layers=1, text_dim=16, text_heads=2, text_layers=1, segment=0.2)
+    return MusicLM(s, dict(K=4, card=8, frame_rate=50, dim=8), data.train_tokenizer([], 300)).eval()
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 12), st.integers(0, 2**32))
+def test_the_loss_of_any_mask_is_that_of_aligned_logits(model, drawn, B, T, seed):
+    flags = st.lists(st.booleans(), min_size=B * T, max_size=B * T)
+    valid, scored = (torch.tensor(drawn.draw(flags)).view(B, T) for _ in range(2))
+    scored &= valid
+    codes = torch.randint(8, (B, 4, T), generator=torch.Generator().manual_seed(seed))
+    inputs = model.conditioner.prepare([{}] * B, "cpu")
+    with torch.no_grad():
+        ce_sum, count = model(codes, valid, scored, inputs)
+        shown = codes.masked_fill(~valid[:, None], model.special)
+        logits = model.aligned_logits(shown, inputs)
+    counts = scored[:, None] & model.pattern(T, training=True).frame_mask
+    assert torch.equal(count, counts.sum((0, 2)).float())
+    ce = torch.logsumexp(logits, -1) - logits.gather(-1, codes[..., None])[..., 0]
+    expected = torch.where(counts, ce, 0.0).sum((0, 2))
+    torch.testing.assert_close(ce_sum, expected, atol=1e-4, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+WORDS = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from(sorted(config.FIELDS)).flatmap(
+        lambda key: st.text(max_size=12).map(lambda text: f"--{key}={text}")
+    ),
+    st.sampled_from(sorted(config.FIELDS)).flatmap(
+        lambda key: st.one_of(st.integers(), st.floats(), st.lists(st.integers(), max_size=3), st.booleans()).map(
+            lambda value: f"--{key}={value}"
+        )
+    ),
+)
+
+
+@given(st.lists(WORDS, max_size=4))
+def test_any_command_line_is_read_or_refused(words):
+    assume(not {"-h", "--help"} & set(words))
+    s = works_or_explains(lambda: config.load(words, ""))
+    assert s is None or all(type(getattr(s, key)) is field.type for key, field in config.FIELDS.items())
+
+
+@IN_PLACE
+@given(st.text(max_size=60) | st.sampled_from(["dim = ", "lr = '1'", "import os\nseed = 1", "raise SystemExit"]))
+def test_any_config_file_is_read_or_refused(tmp_path, text):
+    path = tmp_path / "c.py"
+    path.write_text(text, encoding="utf-8", errors="ignore")
+    works_or_explains(lambda: config.load([str(path)], ""))
+
+
+# ------------------------------------------------------------------------------------------------------- music
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(["path", "caption", "attributes", "melody_from", "genre"])
+ENTRIES = st.dictionaries(KEYS, JSON | st.just("a.wav"), max_size=4).map(lambda entry: json.dumps(entry).encode())
+TEXTS = st.one_of(st.binary(max_size=80), ENTRIES, JSON.map(lambda value: json.dumps(value).encode()))
+
+
+def music(folder):
+    folder.mkdir(exist_ok=True)
+    for name in "ab":
+        soundfile.write(folder / f"{name}.wav", np.zeros(100), 16_000)
+    return folder
+
+
+@IN_PLACE
+@given(st.lists(TEXTS, max_size=3), st.booleans())
+def test_any_manifest_is_read_or_refused(tmp_path, lines, captions):
+    manifest = music(tmp_path / "m") / "manifest.jsonl"
+    manifest.write_bytes(b"\n".join(lines))
+    tracks = works_or_explains(lambda: data.find_tracks(manifest, captions)) or []
+    assert all(type(track["caption"]) is str and type(track["metadata"]) is dict for track in tracks)
+    for track in tracks:
+        merge_text(track["caption"], track["metadata"], np.random.default_rng(0))
+        json.dumps(track)
+
+
+@IN_PLACE
+@given(TEXTS, TEXTS)
+def test_any_sidecar_is_read_or_refused(tmp_path, about, caption):
+    folder = music(tmp_path / "m")
+    (folder / "a.json").write_bytes(about)
+    (folder / "b.txt").write_bytes(caption)
+    tracks = works_or_explains(lambda: data.find_tracks(folder, False))
+    assert tracks is None or len(tracks) == 2
+
+
+@st.composite
+def audio(draw):
+    """A real file of any kind, then damage: (name, bytes)."""
+    rate, channels = draw(st.sampled_from([8000, 11025, 16000, 44100, 48000, 96000, 192000])), draw(st.integers(1, 8))
+    samples = draw(st.sampled_from([0, 1, 2, rate // 100, rate // 4]))
+    wav = np.random.default_rng(draw(st.integers(0, 99))).uniform(-1, 1, (samples, channels)).astype(np.float32)
+    if samples and draw(st.booleans()):
+        wav[draw(st.integers(0, samples - 1))] = draw(st.sampled_from([np.nan, np.inf, -np.inf, 1e38, 1e-40]))
+    kind, subtype = draw(st.sampled_from([("WAV", "FLOAT"), ("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS")]))
+    file = io.BytesIO()
+    try:
+        soundfile.write(file, wav, rate, format=kind, subtype=subtype)
+    except (soundfile.LibsndfileError, ValueError):
+        return draw(st.sampled_from(["a.wav", "a.mp3"])), draw(st.binary(max_size=60))
+    suffix = draw(st.sampled_from([kind.lower(), "wav", "mp3", "opus"]))
+    return f"a.{suffix}", damaged(draw, file.getvalue())
+
+
+def damaged(draw, content):
+    """Cut off, with bits flipped, with other bytes in between, or as it is."""
+    how = draw(st.sampled_from(["cut", "flip", "insert", "whole"]))
+    if not content or how == "whole":
+        return content
+    at = draw(st.integers(0, len(content) - 1) | st.integers(0, min(200, len(content) - 1)))
+    if how == "cut":
+        return content[:at]
+    if how == "insert":
+        return content[:at] + draw(st.binary(min_size=1, max_size=9)) + content[at:]
+    return content[:at] + bytes([content[at] ^ (1 << draw(st.integers(0, 7)))]) + content[at + 1 :]
+
+
+@IN_PLACE
+@given(audio())
+def test_any_audio_file_is_read_or_refused(tmp_path, file):
+    name, content = file
+    (tmp_path / name).write_bytes(content)
+    for channels in (1, 2):
+        wav = works_or_explains(functools.partial(load_audio, tmp_path / name, 16_000, channels))
+        if wav is not None:
+            assert wav.dtype == torch.float32 and wav.shape[0] == channels and wav.shape[1] > 0
+            assert torch.isfinite(wav).all()
+            codes = load_codec_once().encode(wav[None, :1, :16_000])
+            assert 0 <= codes.min() and codes.max() < 512
+
+
+@functools.cache
+def load_codec_once():
+    return load_codec("tiny")
+
+
+# ------------------------------------------------------------------------------------------------------ shards
+
+
+@IN_PLACE
+@given(st.data())
+def test_a_damaged_data_set_is_refused_or_gives_batches(dataset, tmp_path, drawn):
+    folder = tmp_path / "data"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(dataset, folder)
+    path = drawn.draw(st.sampled_from(sorted(folder.iterdir())))
+    content = path.read_bytes()
+    how = drawn.draw(st.sampled_from(["bytes", "array", "json", "gone"]))
+    if how == "gone":
+        path.unlink()
+    elif how == "array" and path.suffix == ".npy":
+        kind = drawn.draw(st.sampled_from([np.float32, np.int64, np.uint8, np.int16, object, "U3"]))
+        shape = drawn.draw(st.sampled_from([(), (0, 4), (50, 4), (50, 3), (50,), np.load(path).shape]))
+        np.save(path, np.zeros(shape, kind), allow_pickle=True)
+    elif how == "json" and path.suffix in (".json", ".jsonl"):
+        lines = content.decode().splitlines() if path.suffix == ".jsonl" else [content.decode()]
+        entry = json.loads(lines[0])
+        entry[drawn.draw(st.sampled_from(sorted(entry)))] = drawn.draw(JSON)
+        path.write_text("\n".join([json.dumps(entry), *lines[1:]]))
+    else:
+        path.write_bytes(damaged(drawn.draw, content))
+    s = Settings(batch_size=4, valid_items=0)
+
+    def use():
+        sides = [data.Tokens(folder, split) for split in ("train", "valid")]
+        unigram = data.unigram_ce(folder)
+        assert unigram.shape == (4,) and np.isfinite(unigram).all() and (unigram >= 0).all()
+        TextEmbedder(8, data.read_tokenizer(folder), 8, 2, 1, 16).prepare(["fast bells"], "cpu")
+        data.fingerprint(folder)
+        return [sides[0].batch(0, s, 50), *sides[1].batches(50, 4, s)]
+
+    for batch in works_or_explains(use) or []:
+        assert batch.codes.min() >= 0 and batch.codes.max() < 512
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("import sys; sys.exploded = True",)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    state = {"heads": torch.randn(40, 30), "step": torch.tensor(3)}
+    save_checkpoint(path, "best", model=state, settings={"dim": 32}, codec={}, tokenizer=b"abc", step=3)
+    return path.read_bytes(), state
+
+
+@IN_PLACE
+@given(st.data())
+def test_a_damaged_checkpoint_is_refused_or_is_what_was_saved(saved, tmp_path, drawn):
+    content, state = saved
+    path = tmp_path / "best.pt"
+    path.write_bytes(damaged(drawn.draw, content))
+    read = works_or_explains(lambda: read_checkpoint(path, "best"))
+    if read is not None:
+        assert read["step"] == 3 and read["settings"] == {"dim": 32} and read["tokenizer"] == b"abc"
+        torch.testing.assert_close(read["model"], state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_checkpoint_cut_at_any_tenth_is_refused(saved, tmp_path, tenth):
+    (tmp_path / "best.pt").write_bytes(saved[0][: len(saved[0]) * tenth // 10])
+    with pytest.raises(UserError, match="truncated, or not a checkpoint"):
+        read_checkpoint(tmp_path / "best.pt", "best")
+
+
+def test_a_pickle_in_the_place_of_a_checkpoint_does_not_run(tmp_path):
+    path = tmp_path / "best.pt"
+    for write in (
+        lambda: path.write_bytes(pickle.dumps(Bomb())),
+        lambda: torch.save({"nanomusicgen": 2, "kind": "best", "model": Bomb()}, path),
+        lambda: torch.save(torch.nn.Linear(1, 1), path),
+        lambda: torch.save({"somebody": "else's"}, path),
+        lambda: torch.save([1], path),
+        lambda: zipfile.ZipFile(path, "w").close(),
+    ):
+        write()
+        with pytest.raises(UserError):
+            read_checkpoint(path, "best")
+    assert not hasattr(sys, "exploded")
+
+
+# --------------------------------------------------------------------------------------------------- captions
+
+CAPTIONS = st.one_of(
+    st.text(max_size=60),
+    st.sampled_from(["", "\x00\x1b[31m", "אבג هذا", "<script>alert(1)</script>", "'\"><img src=x onerror=alert(1)>",
+                     "</script><script>alert(1)</script>", "a" * 100_000, "../../etc/passwd", "\u202egnp.exe"]),
+)  # fmt: skip
+
+
+@IN_PLACE
+@given(CAPTIONS)
+def test_any_caption_is_heard_and_names_a_file(tmp_path, model, caption):
+    ids, mask = model.conditioner.text.prepare([caption], "cpu")
+    assert ids.shape == mask.shape and ids.shape[1] <= model.conditioner.text.max_tokens
+    path = tmp_path / f"{file_name(caption, 7)}.wav"
+    path.write_bytes(b"")
+    assert path.parent == tmp_path and [found.name for found in tmp_path.iterdir()] == [path.name]
+    path.unlink()
+
+
+class Page(html.parser.HTMLParser):
+    """Collects the tags of a page and the attributes that run code."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.handlers = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
+
+
+@IN_PLACE
+@given(CAPTIONS.filter(lambda caption: len(caption) < 1000))
+def test_any_caption_is_only_text_on_the_listening_page(tmp_path, caption):
+    def page(caption):
+        clip = dict(caption=caption, seed=0, free="a.wav", continued="a.wav", prompt_seconds=1.0, reference=None,
+                    codec="a.wav")  # fmt: skip
+        line = dict(step=1, epoch=1, stage="generate", clips=[clip])
+        (tmp_path / "history.jsonl").write_text(json.dumps(line) + "\n")
+        (tmp_path / "metrics.jsonl").write_text("")
+        (tmp_path / "config.json").write_text(json.dumps(vars(Settings(out=caption))))
+        if not (tmp_path / "a.wav").exists():
+            soundfile.write(tmp_path / "a.wav", np.zeros(8000), 16_000)
+        report.write(tmp_path)
+        return Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+
+    plain, hostile = page("music" if caption else ""), page(caption)
+    assert hostile.tags == plain.tags and hostile.handlers == plain.handlers
+
+
+@IN_PLACE
+@given(TEXTS)
+def test_any_log_is_read_or_refused(tmp_path, content):
+    for name in ("metrics.jsonl", "history.jsonl"):
+        (tmp_path / name).write_bytes(content + b"\n")
+    works_or_explains(lambda: report.write(tmp_path))
+
+
+@IN_PLACE
+@given(TEXTS)
+def test_any_record_given_to_again_is_read_or_refused(tmp_path, command, content):
+    import sample
+
+    (tmp_path / "a.json").write_bytes(content)
+    status, output = command(sample, "--again", tmp_path / "a.json")
+    assert status == 2 and "Traceback" not in output and "error: " in output
