@@ -171,8 +171,8 @@ def drawing(args, B):
                   for i in range(clips)]  # fmt: skip
         data.write_split(Path(folder), "train", tracks, tokens, np.zeros(len(tokens), np.uint8))
         codec = dict(K=K, card=args.card, frame_rate=FRAME_RATE, name="random")
-        data.write_json(Path(folder, "meta.json"),
-                        dict(format=data.DATA_FORMAT, codec=codec, train=dict(frames=len(tokens)), valid=dict(frames=1)))  # fmt: skip
+        about = dict(format=data.DATA_FORMAT, codec=codec, train=dict(frames=len(tokens)), valid=dict(frames=1))
+        data.write_json(Path(folder, "meta.json"), about)
         s, tokens = Settings(batch_size=B), data.Tokens(folder, "train")
         return in_turn({"": lambda: tokens.batch(0, s, args.train_frames)}, torch.device("cpu"), 10)[""][1]
 

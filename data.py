@@ -374,14 +374,17 @@ def checksum(path):
     return crc
 
 
+def damage(folder):
+    """What is not as `prepare` has left it, a line a file: tokens that are wrong sound like any others."""
+    expected = load_meta(folder).get("checksums", {}).items()
+    wrong = [name for name, crc in expected if not Path(folder, name).is_file() or checksum(Path(folder, name)) != crc]
+    return [f"{Path(folder, name)}: is gone, or not as it was prepared (its checksum differs)" for name in wrong]
+
+
 def refuse_damage(folder):
-    """Raises UserError if a file is not as `prepare` has left it: tokens that are wrong sound like any others."""
-    for name, crc in load_meta(folder).get("checksums", {}).items():
-        path = Path(folder, name)
-        if not path.is_file() or checksum(path) != crc:
-            raise UserError(
-                f"{path}: is gone, or not as it was prepared (its checksum differs); prepare the data again"
-            )
+    """Raises UserError if a file of a data set is damaged."""
+    if found := damage(folder):
+        raise UserError(f"{found[0]}; prepare the data again")
 
 
 def read_tokenizer(folder):
@@ -554,7 +557,7 @@ def check(folder, codec_weights=""):
     meta, problems, seen = load_meta(folder), [], {}
     rate, codec = meta["codec"]["frame_rate"], load_codec(meta["codec"]["name"], codec_weights)
     quiet = codec.encode(torch.zeros(1, codec.channels, codec.sample_rate))[0, :, codec.frame_rate // 2].cpu().numpy()
-    refuse_damage(folder)
+    problems += damage(folder)
     print(f"{folder}: {meta['codec']['id']}, card {meta['codec']['card']}, {rate} frames/s")
     for split in ("train", "valid"):
         side = Tokens(folder, split)

@@ -277,14 +277,14 @@ def tell_what_is_heard(captions, embedder, shared):
 def generated(model, codec, takes, wanted, batch_size):
     """Takes [(conditions, seed)] -> (conditions, seed, wav [channels, samples]), each as soon as its batch is done."""
     have = 0 if wanted["prompt"] is None else wanted["prompt"].shape[2]
-    new, started = wanted["frames"] - have, time.time()
+    new, started = wanted["frames"] - have, time.monotonic()
     with tqdm(total=len(takes) * new, desc="generating", unit="frame", file=sys.stdout, mininterval=0.5) as bar:
         for first in range(0, len(takes), batch_size):
             batch = takes[first : first + batch_size]
 
             def progress(done, before=first, batch=batch):
                 bar.update(before * new + (done - have) * len(batch) - bar.n)
-                speed = bar.n / codec.frame_rate / (time.time() - started)
+                speed = bar.n / codec.frame_rate / (time.monotonic() - started)
                 bar.set_postfix_str(f"{speed:.1f} x real time", refresh=False)
 
             conditions, seeds = map(list, zip(*batch))
@@ -298,21 +298,21 @@ def play(codec, parts):
     channels = f" -ac {codec.channels}" if codec.channels > 1 else ""  # one is the default; newer ffplays lack -ac
     print(f"play it by: aplay -f S16_LE -r {codec.sample_rate} -c {codec.channels}, or by:"
           f" ffplay -f s16le -sample_rate {codec.sample_rate}{channels} -nodisp -")  # fmt: skip
-    started, waited, samples = time.time(), 0.0, 0
+    started, waited, samples = time.monotonic(), 0.0, 0
     try:
         for wav in decode_stream(codec, parts):
             pcm = (32767 * wav[0].clamp(-1, 1)).round().T.cpu().numpy().astype("<i2")
-            writing = time.time()
+            writing = time.monotonic()
             if not samples:
                 print(f"first audio after {writing - started:.2f} s", flush=True)
             sys.__stdout__.buffer.write(pcm.tobytes())
             sys.__stdout__.flush()
-            waited, samples = waited + time.time() - writing, samples + len(pcm)
+            waited, samples = waited + time.monotonic() - writing, samples + len(pcm)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # for what is flushed when python ends
         print("the player has gone")
     seconds = samples / codec.sample_rate
-    print(f"{seconds:.1f} s of music, {seconds / (time.time() - started - waited):.1f} x real time")
+    print(f"{seconds:.1f} s of music, {seconds / (time.monotonic() - started - waited):.1f} x real time")
 
 
 def sha256(path):

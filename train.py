@@ -209,6 +209,7 @@ def main():
     torch.set_flush_denormal(True)
     out, last, best = Path(s.out), Path(s.out, "last.pt"), Path(s.out, "best.pt")
     config.refuse_unwritable(out, "--out")
+    held = config.lock(out) if rank == 0 and out.is_dir() else None
     saved = read_checkpoint(last, "last") if last.exists() else None
     if saved and not s.resume:
         raise UserError(f"{last}: a run is there; choose another --out, or remove that folder, or drop --resume=False")
@@ -385,7 +386,7 @@ def main():
         steps_done, frames_done = steps_done + 1, frames_done + frames
         bar.update()
         if since_log and (step % s.log_every == 0 or step == s.steps):
-            ce, seconds = ce_total.mean() / since_log, time.time() - clock
+            ce, seconds = ce_total.mean() / since_log, time.monotonic() - clock
             line = dict(step=step, epoch=math.ceil(step / s.epoch), ce=ce, ppl=math.exp(min(ce, 700)),
                         ce_q=(ce_total / since_log).tolist(), lr=learning_rate(step - 1, s), grad_norm=grad_norm,
                         tokens_per_s=round(frames_done * codec.K / seconds),
@@ -402,7 +403,7 @@ def main():
             log(line)
             bar.set_postfix_str(text)
             ce_total, since_log = np.zeros(codec.K), 0
-            clock, waited, steps_done, frames_done = time.time(), 0.0, 0, 0
+            clock, waited, steps_done, frames_done = time.monotonic(), 0.0, 0, 0
 
     def write_page():
         if rank == 0:
@@ -431,6 +432,7 @@ def main():
     # Look back, and around
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        held = held or config.lock(out)
         data.write_json(out / "config.json", dataclasses.asdict(s))
         record_code(out, step)
     distributed.refuse_unshared(out)
@@ -459,13 +461,13 @@ def main():
     drawer = concurrent.futures.ThreadPoolExecutor(1, "batches")
     drawn, under_way, asked, in_a_row = drawer.submit(draw, step), collections.deque(), False, 0
     behind = BEHIND.get(device.type, 0)
-    clock, waited, steps_done, frames_done = time.time(), 0.0, 0, 0
+    clock, waited, steps_done, frames_done = time.monotonic(), 0.0, 0, 0
 
     while step < s.steps:
         distributed.beat("drawing a batch", step + 1)
-        drawing = time.time()
+        drawing = time.monotonic()
         batch, inputs, frames = drawn.result()
-        waited += time.time() - drawing
+        waited += time.monotonic() - drawing
         drawn = drawer.submit(draw, step + 1)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
@@ -491,7 +493,7 @@ def main():
                 finish_epoch()
             write_page()
             leave_if_asked()
-            clock, waited, steps_done, frames_done = time.time(), 0.0, 0, 0
+            clock, waited, steps_done, frames_done = time.monotonic(), 0.0, 0, 0
     drawer.shutdown(cancel_futures=True)
     bar.close()
     for number, handler in usual.items():

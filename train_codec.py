@@ -138,7 +138,7 @@ def train(args):
         save_tiny(model, out / "codec.pt", steps=step, folders=[Path(folder).name for folder in args.folders])
 
     bar = tqdm(total=args.steps, initial=step, desc="training", file=sys.stdout, mininterval=5)
-    started, running = time.time(), None
+    started, running = time.monotonic(), None
     while step < args.steps:
         warm, progress = min(1, (step + 1) / 500), step / args.steps
         for group in optimizer.param_groups:
@@ -168,7 +168,7 @@ def train(args):
                     output = model.decoder(model.quantizer.decode(codes))[:, 0]
                     figures[Path(folder).name] = [round(value, 4) for value in distances(output, clips)]
             model.train()
-            line = dict(step=step, seconds=round(time.time() - started), train=round(running, 4), valid=figures)
+            line = dict(step=step, seconds=round(time.monotonic() - started), train=round(running, 4), valid=figures)
             tqdm.write(json.dumps(line), file=sys.stdout)
             with open(out / "history.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")

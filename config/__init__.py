@@ -273,6 +273,22 @@ def refuse_unwritable(path, setting):
         raise UserError(f"{setting} {path}: cannot be written to, {there} {why}; choose another folder")
 
 
+def lock(folder):
+    """Raises UserError if another process on this machine holds the folder; it is held until this one ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        return None
+    file = open(Path(folder) / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run is under way there; wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 def write_file(path, content):
     """Writes bytes under a temporary name first, so that the file is always whole; raises UserError if it cannot."""
     temporary = path.with_name(path.name + ".tmp")

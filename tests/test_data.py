@@ -185,13 +185,14 @@ def test_check_finds_what_is_wrong(own_dataset, capsys):
     train = np.load(own_dataset / "train_000.npy")
     train[300, 2] = 512
     np.save(own_dataset / "train_000.npy", train)
-    assert data.check(own_dataset) == 1
-    assert "token 512 at frame" in capsys.readouterr().out
+    assert data.check(own_dataset) == 2
+    said = capsys.readouterr().out
+    assert "token 512 at frame" in said and "train_000.npy: is gone, or not as it was prepared" in said
     meta = json.loads((own_dataset / "meta.json").read_text())
     for suffix in (".npy", "_melody.npy", ".jsonl"):  # the training side stands on both sides
         shutil.copy(own_dataset / f"train_000{suffix}", own_dataset / f"valid_000{suffix}")
     (own_dataset / "meta.json").write_text(json.dumps({**meta, "valid": meta["train"]}))
-    assert data.check(own_dataset) == 2 + meta["train"]["tracks"]
+    assert data.check(own_dataset) == 2 + 4 + meta["train"]["tracks"]
     assert "is the same music as" in capsys.readouterr().out
 
 

@@ -1,7 +1,9 @@
 """Bad input gets one line that says what was wrong, where, and what to do; status 2; and nothing half-written."""
 
 import json
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -87,6 +89,20 @@ def test_a_corpus_is_not_written_over_other_files(command, music):
     assert sorted(path.name for path in music.iterdir()) == ["a.wav", "b.wav"]
 
 
+def test_a_second_run_in_one_folder_is_refused(command, dataset, tmp_path):
+    out = tmp_path / "out"
+    args = [*TOY, f"--data={dataset}", f"--out={out}", "--samples=0"]
+    first = start("train.py", *args, "--steps=100000", "--epoch=5")
+    while not (out / "history.jsonl").exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.1)
+    refused(command(train, *args), f"{out}: another run is under way there", "choose another --out")
+    first.terminate()
+    finish(first, status=128 + signal.SIGTERM)
+    step = torch.load(out / "last.pt", weights_only=True)["step"]
+    assert command(train, *args, f"--steps={step + 1}")[0] == 0
+
+
 def test_settings_that_the_codec_cannot_serve(command, dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}"]
     refused(command(train, *args, "--delays=0,1"), "delays [0, 1]: 4 whole numbers are needed")
@@ -111,9 +127,12 @@ def test_a_token_out_of_range_stops_training(command, own_dataset, tmp_path):
     codes = np.load(own_dataset / "train_000.npy")
     codes[:] = 512
     np.save(own_dataset / "train_000.npy", codes)
-    refused(
-        command(train, *TOY, f"--data={own_dataset}", f"--out={tmp_path / 'out'}"), "holds token 512", "data.py check"
-    )
+    args = [*TOY, f"--data={own_dataset}", f"--out={tmp_path / 'out'}"]
+    refused(command(train, *args), "train_000.npy: is gone, or not as it was prepared", "prepare the data again")
+    meta = json.loads((own_dataset / "meta.json").read_text())
+    del meta["checksums"]  # as of older data sets
+    (own_dataset / "meta.json").write_text(json.dumps(meta))
+    refused(command(train, *args), "holds token 512", "data.py check")
 
 
 def test_settings_that_contradict_the_checkpoint(command, toy_run, dataset):
