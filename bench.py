@@ -54,6 +54,8 @@ def clock(call, device):
     def synchronize():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        if device.type == "mps":
+            torch.mps.synchronize()
 
     synchronize()
     start = time.perf_counter()
@@ -92,18 +94,23 @@ def ceilings(device, dtype):
 def print_table(title, times, units, unit, share_of_ceiling):
     """times: {(name, compiled): (seconds of the first call, median seconds)}, `units` done in each."""
     print(f"\n{title}")
-    ours = max(units / seconds for (name, _), (_, seconds) in times.items() if name == "ours")
+    ours = {compiled: units / seconds for (name, compiled), (_, seconds) in times.items() if name == "ours"}
     for (name, compiled), (first, seconds) in times.items():
         rate = units / seconds
-        beside = f"{100 * share_of_ceiling(rate):.0f} % of ceiling" if name == "ours" else f"ours: {ours / rate:.2f} x"
+        beside = (
+            f"{100 * share_of_ceiling(rate):.0f} % of ceiling"
+            if name == "ours"
+            else f"ours: {ours[compiled] / rate:.2f} x"
+        )
         print(f"  {name + ' compiled' * compiled:22}{rate:12,.1f} {unit}  {beside:17} first call {first:.1f} s")
 
 
 def peak_memory(device):
-    """GiB: of tensors on a GPU, else of this process since its start."""
+    """GiB, since the start: of tensors on a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
 # ---------------------------------------------------------------------------------------------------- the work
@@ -170,7 +177,7 @@ def drawing(args, B):
         tracks = [dict(name=f"{i}", caption=CONDITIONS["text"], metadata={}, first=i * frames, frames=frames)
                   for i in range(clips)]  # fmt: skip
         data.write_split(Path(folder), "train", tracks, tokens, np.zeros(len(tokens), np.uint8))
-        codec = dict(K=K, card=args.card, frame_rate=FRAME_RATE, name="random")
+        codec = dict(K=K, card=args.card, frame_rate=FRAME_RATE, name="random", id="random")
         about = dict(format=data.DATA_FORMAT, codec=codec, train=dict(frames=len(tokens)), valid=dict(frames=1))
         data.write_json(Path(folder, "meta.json"), about)
         s, tokens = Settings(batch_size=B), data.Tokens(folder, "train")
@@ -194,7 +201,7 @@ def bench_training(args, B, device, dtype, product):
     optimizer = statistics.median(step(apart=True) for _ in range(args.repeats)) / seconds
     print(f"  ours: forward and backward {100 - 100 * optimizer:.1f} %, optimizer and average {100 * optimizer:.1f} %,"
           f" the next batch, drawn meanwhile, {100 * drawing(args, B) / seconds:.1f} %;"
-          f" peak memory {peak_memory(device):.1f} GiB")  # fmt: skip
+          f" peak memory of all so far {peak_memory(device):.1f} GiB")  # fmt: skip
 
 
 def bench_generation(args, B, device, dtype, copy):

@@ -24,6 +24,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -168,14 +169,22 @@ def encoded(jobs, codec, codec_name, codec_weights, workers):
 
     Workers read the files. They encode them too, but for a GPU, which encodes those of many workers together.
     """
-    on_gpu = codec.device.type == "cuda"
-    pool = multiprocessing.get_context("spawn").Pool(workers, start_worker, (codec_name, codec_weights))
-    with pool:
-        found = pool.imap(hear if on_gpu else hear_and_encode, jobs)
-        if not on_gpu:
-            yield from found
-        while together := list(itertools.islice(found, 16)):
-            yield from encode(codec, together)
+    on_gpu, together = codec.device.type == "cuda", 16
+    ahead = threading.Semaphore(2 * workers + together)  # tracks that wait in memory, at most
+
+    def allowed():
+        for job in jobs:
+            ahead.acquire()
+            yield job
+
+    with multiprocessing.get_context("spawn").Pool(workers, start_worker, (codec_name, codec_weights)) as pool:
+        try:
+            found = pool.imap(hear if on_gpu else hear_and_encode, allowed())
+            while group := list(itertools.islice(found, together if on_gpu else 1)):
+                ahead.release(len(group))
+                yield from encode(codec, group) if on_gpu else group
+        finally:
+            ahead.release(len(jobs) + 1)  # the pool cannot end while its thread waits here
 
 
 def write_json(path, value):
@@ -315,7 +324,8 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     np.save(work / "counts.npy", [histogram(tokens, side, codec.card) for side in sides.values()])
     counts = {split: dict(tracks=len(side), frames=sum(t["frames"] for t in side)) for split, side in sides.items()}
     scratch = [work / name for name in ("tokens.bin", "melody.bin", "journal.jsonl", "request.json")]
-    checksums = {path.name: checksum(path) for path in sorted(set(work.iterdir()) - set(scratch))}
+    made = [*work.glob("train_*"), *work.glob("valid_*"), *map(work.joinpath, ("counts.npy", "tokenizer.model"))]
+    checksums = {path.name: checksum(path) for path in sorted(made)}
     write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=codec.about(), **counts, request=request,
                                         checksums=checksums))  # fmt: skip
     work.rename(out)
@@ -357,6 +367,10 @@ def load_meta(folder):
             sizes += [meta[split]["frames"] for split in ("train", "valid")]
             if not all(type(size) is int and size > 0 for size in sizes):
                 raise ValueError("a size is no number above 0")
+            if not all(type(meta["codec"][key]) is str for key in ("name", "id")):
+                raise ValueError("the codec has no name")
+            if type(meta.get("checksums", {})) is not dict:
+                raise ValueError("no checksums")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is damaged ({first_line(error)}); prepare the data again") from None
     if meta["format"] != DATA_FORMAT:
@@ -392,8 +406,8 @@ def read_tokenizer(folder):
     path = Path(folder, "tokenizer.model")
     try:
         content = path.read_bytes()
-        sentencepiece.SentencePieceProcessor(model_proto=content)
-    except (OSError, RuntimeError) as error:
+        sentencepiece.SentencePieceProcessor(model_proto=content).encode("music")  # an empty one fails only here
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); prepare the data again") from None
     return content
 
@@ -419,7 +433,7 @@ def read_tracks(path, frames):
 def read_array(path, **how):
     try:
         return np.load(path, **how)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # what numpy says of a damaged header is of many kinds
         raise UserError(f"{path}: cannot be read ({first_line(error)}); prepare the data again") from None
 
 

@@ -265,7 +265,7 @@ def main():
     if args.clips < 1 or args.seed < 0 or (args.workers is not None and args.workers < 1):
         raise UserError("--clips and --workers must be at least 1, --seed at least 0")
     if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"{args.out}: is not a folder")
+        raise UserError(f"{args.out}: is not a folder; choose a new one")
     print(write_corpus(args.out, args.clips, args.seed, args.workers))
 
 

@@ -130,7 +130,10 @@ def refuse_unshared(folder):
     if rank() == 0:
         mark.unlink()
     if not all(seen):
-        raise UserError(f"{folder}: not one folder for all: rank {seen.index(False)} does not see what rank 0 writes")
+        raise UserError(
+            f"{folder}: not one folder for all: rank {seen.index(False)} does not see what rank 0 writes;"
+            " choose an --out that all share"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ communication

@@ -15,6 +15,7 @@ codes int64 [B, K, T] in [0, card); sequence [B, K, S] in [0, card], where `card
 import argparse
 import fnmatch
 import functools
+import importlib.util
 import math
 import shutil
 from pathlib import Path
@@ -46,6 +47,13 @@ def pick_device(name="auto", dtype="auto"):
             "cpu": cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)}  # fmt: skip
     dtype = "bfloat16" if dtype == "auto" and fast[name] else "float32" if dtype == "auto" else dtype
     return torch.device(name), getattr(torch, dtype)
+
+
+def can_compile(device):
+    """Whether there is the compiler that torch.compile needs for code on this device."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang", "cc")))
+    return any(map(shutil.which, ("g++", "clang++", "cl")))
 
 
 # Dense bfloat16 and float16 matrix products, 1e12 operations a second, by the maker's data sheets.
@@ -349,7 +357,7 @@ class MusicLM(nn.Module):
 
         The weights of the matrix products are kept in `dtype` from then on. Raises UserError where nothing can compile.
         """
-        if compiled and self.embed.weight.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        if compiled and not can_compile(self.embed.weight.device):
             raise UserError("--compile: needs a C++ compiler, g++ or clang++; install one, or leave the option out")
         self.low = dtype if dtype != torch.float32 else None
         for module in (*self.blocks.modules(), self.heads):
@@ -357,6 +365,7 @@ class MusicLM(nn.Module):
                 module.to(dtype)
         self.compiled = compiled
         if compiled:  # without looking each time whether a module has changed, which takes a twentieth of a frame
+            torch._dynamo.config.recompile_limit = 64  # one for each number of groups, of streams, of conditions
             unguarded = dict(guard_filter_fn=torch.compiler.skip_guard_on_all_nn_modules_unsafe)
             self.step = torch.compile(MusicLM.step, fullgraph=True, options=unguarded).__get__(self)
         return self
@@ -389,7 +398,8 @@ class MusicLM(nn.Module):
         cfg_beta null + cfg * (no_text + cfg_beta * (conditioned - no_text) - null) for samples with text and style
                  (arXiv:2407.12563, section 3.3); but for 1, costs half as much again
         choice   temperature 0 takes the likeliest; else top_p if set, else top_k if set, else the whole distribution
-        seeds    B integers; a sample depends on its own seed and condition alone, not on its neighbours
+        seeds    B integers; a sample depends on its own seed and condition alone, not on its neighbours, but that past
+                 the trained length the windows go by the shortest prompt
         stride   past the trained length, windows of that length each add so many frames; by default half of it
         """
         B, device = len(conditions), self.embed.weight.device
@@ -429,7 +439,7 @@ class MusicLM(nn.Module):
         frame_at = {step: t for t, step in enumerate(pattern.step.amax(0).tolist())}  # the step that completes it
         sequence = pattern.build(context, self.special)
         first = int((sequence == UNKNOWN).any(1).any(0).nonzero()[0])
-        uniform = torch.stack([torch.rand(pattern.S - first, K, generator=rng) for rng in rngs], dim=1).to(device)
+        uniform = torch.stack([torch.rand(pattern.S, K, generator=rng) for rng in rngs], dim=1).to(device)
         states, mask, prefix = fused
         P = prefix.shape[1]
         place = torch.tensor([first - 1], device=device)
@@ -445,7 +455,7 @@ class MusicLM(nn.Module):
                 logits = self.step(sequence.index_select(2, place)[:, :, 0], place, cache, weights)
             following = place + 1
             slot = sequence.index_select(2, following)[:, :, 0]
-            chosen = choose_codes(logits, uniform.index_select(0, following - first)[0], **choose)
+            chosen = choose_codes(logits, uniform.index_select(0, following)[0], **choose)
             sequence.index_copy_(2, following, torch.where(slot == UNKNOWN, chosen, slot)[:, :, None])
             place.add_(1)
 

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py config/large.py --data=data/mine --parallel=fsdp
     python train.py --help                           # every setting
 
-Ctrl-C commits at the next step, and the same command goes on from there, bit for bit on as many processes.
+Ctrl-C commits at the next step, and the same command goes on from there; on as many processes of a CPU, bit for bit.
 """
 
 import collections
@@ -37,14 +37,14 @@ import sample
 from checkpoint import read_checkpoint, save_checkpoint
 from codec import load_codec
 from config import UserError
-from model import MusicLM, load_model, merge_lora, peak_flops, pick_device
+from model import MusicLM, can_compile, load_model, merge_lora, peak_flops, pick_device
 from weights import read_lm
 
 SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layers text_max_tokens melody style".split()
 STYLE_SETTINGS = "style_dim style_heads style_layers style_books style_bins style_seconds".split()
 DIVERGED = 100  # nats; blind guessing is ln(card), below 8
 MOST_SKIPPED = 16  # steps in a row of a float16 run: the loss scale, 2^16 at first, is below 1 then
-BEHIND = {"cuda": 1}  # how many steps the host goes on before it hears of one, so that the device never waits for it
+BEHIND = {"cuda": 1}  # steps that the host goes on before it hears of one, so that no step waits for it but for style's
 TUNING_SETTINGS = "freeze lora_rank lora_alpha lora_targets".split()  # not to change when a run goes on
 
 
@@ -91,7 +91,8 @@ def make_optimizer(model, s):
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
+    fused = groups[0]["params"][0].device.type != "mps"  # where it does not look at `found_inf`
+    return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=fused)
 
 
 def accumulate(net, model, batch, inputs, size, scaler, autocast):
@@ -118,18 +119,22 @@ def update(model, ema, optimizer, scaler, ce_q, step, s):
     """One step of the optimizer and of the averaged weights -> the gradient's norm before clipping, a tensor.
 
     Neither waits for the device. Where loss or gradient is not finite, or the loss has diverged, the weights stay as
-    they are: torch's fused optimizers look at `found_inf` on the device, which GradScaler sets for float16 in the same
-    way.
+    they are: torch's fused optimizers look at `found_inf` on the device. With float16 GradScaler sets it, by the
+    gradient alone.
     """
     scaler.unscale_(optimizer)
     norm = distributed.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf))
-    optimizer.found_inf = 1 - (torch.isfinite(norm) & (ce_q.mean() < DIVERGED)).float()
+    bad = 1 - (torch.isfinite(norm) & (ce_q.mean() < DIVERGED)).float()
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = bad
+    elif bad.item():
+        optimizer.zero_grad(set_to_none=True)  # without gradients a step does nothing
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     updates, rest = divmod(step, s.ema_every)
     if rest == 0:
-        weight = (1 - s.ema_decay) / (1 - s.ema_decay**updates)  # as in Adam, so that the start leaves no trace
+        weight = (1 - s.ema_decay) / (1 - s.ema_decay**updates)  # as in Adam, for the start to leave no trace
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
             for average, buffer in zip(ema.buffers(), model.buffers()):  # the style's codebooks
@@ -264,9 +269,10 @@ def main():
         model.load_state_dict(state, strict=False)
         print(f"beginning with the weights of {s.init_from}")
     model.freeze(s.freeze)
-    steps_left = s.steps - (saved["step"] if saved else 0)
-    worth_it = device.type == "cuda" and steps_left >= 1000
-    prepare_to_compute(model, device, dtype, s.compile == "always" or (s.compile == "auto" and worth_it))
+    worth_it = s.compile == "auto" and device.type == "cuda" and s.steps >= 1000 and can_compile(device)
+    if s.compile == "always" and not can_compile(device):
+        raise UserError("compile = 'always': needs a C++ compiler, g++ or clang++; install one, or leave it out")
+    prepare_to_compute(model, device, dtype, s.compile == "always" or worth_it)
     with torch.device("meta"):
         ema = MusicLM(s, about, tokenizer)
     distributed.beat("spreading the model")

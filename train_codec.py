@@ -42,7 +42,7 @@ def load_folder(folder, valid):
         if len(wav) >= 2 * TinyCodec.sample_rate:
             tracks.append((wav / max(1, np.abs(wav).max()) * 32767).astype(np.int16))
     if not tracks:
-        raise UserError(f"{folder}: no {'held-out' if valid else 'training'} audio of two seconds or more")
+        raise UserError(f"{folder}: no {'held-out' if valid else 'training'} audio of two seconds or more; add some")
     return tracks
 
 

@@ -113,10 +113,13 @@ def locate(path, names):
             try:
                 folder = snapshot_download(str(path)[3:], allow_patterns=[pattern, "config.json"])
             except Exception as error:
-                raise UserError(f"{path}: cannot be downloaded ({first_line(error)})") from None
+                raise UserError(
+                    f"{path}: cannot be downloaded ({first_line(error)}); fetch it on another machine and"
+                    f" give the folder"
+                ) from None
         if found := sorted(Path(folder).glob(pattern)):
             return found
-    raise UserError(f"{path or 'nothing'}: no such file, nor a folder with {' or '.join(names)}")
+    raise UserError(f"{path or 'nothing'}: no such file, nor a folder with {' or '.join(names)}; give either")
 
 
 def read(path, *names):
@@ -231,7 +234,9 @@ def export_lm(model, ours, settings, folder, layout):
     condition_tensors={"description": (states [B, L, D], mask [B, L])}. Neither has a place for the conditioners.
     """
     if model.pattern_name != "delay":
-        raise UserError(f"the '{model.pattern_name}' pattern: those programs generate in the delay pattern only")
+        raise UserError(
+            f"the '{model.pattern_name}' pattern: those programs generate in the delay pattern only; it stays here"
+        )
     if layout == "hf" and model.delays != tuple(k // model.channels for k in range(model.K)):
         raise UserError(f"delays {model.delays}: Hugging Face's program has those of MusicGen built in")
     folder, theirs = Path(folder), {}

@@ -10,6 +10,7 @@ import torch
 from conftest import finish, start
 
 import data
+from codec import load_codec
 from conditioning import melody_of
 from config import Settings, UserError
 from data import Tokens, load_audio, prepare, unigram_ce
@@ -178,6 +179,35 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(corpus, dataset, tmp_
     ):
         assert (tmp_path / "out" / name).read_bytes() == (dataset / name).read_bytes(), name
     assert "is prepared already" in finish(start("data.py", *args))
+
+
+def test_stopped_at_its_last_moment_it_ends_with_data_that_is_whole(corpus, tmp_path, monkeypatch):
+    usual = data.write_json
+
+    def stop(path, value):
+        usual(path, value)
+        if path.name == "meta.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(corpus / "manifest.jsonl", tmp_path / "out", workers=1)
+    (tmp_path / "out.partial" / ".DS_Store").write_bytes(b"")
+    monkeypatch.setattr(data, "write_json", usual)
+    data.prepare(corpus / "manifest.jsonl", tmp_path / "out", workers=1)
+    assert data.damage(tmp_path / "out") == []
+
+
+def test_files_are_encoded_many_at_once_as_one_by_one(corpus):
+    """As on a GPU, and of any length: tracks that are left out keep their place."""
+    codec = load_codec("tiny")
+    wavs = [torch.rand(1, samples) - 0.5 for samples in (16_000, 40_000, 16_000, 700)]
+    found = [(wav.numpy(), np.zeros(3)) for wav in wavs]
+    encoded = data.encode(codec, [found[0], "silent", *found[1:]])
+    assert encoded[1] == "silent" and len(encoded) == 5
+    for (codes, _), wav in zip([encoded[0], *encoded[2:]], wavs):
+        alone = codec.encode(wav[None])[0].T.numpy()
+        assert codes.dtype == np.uint16 and codes.shape == alone.shape and (codes == alone).mean() > 0.99
 
 
 def test_check_finds_what_is_wrong(own_dataset, capsys):

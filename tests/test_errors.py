@@ -89,6 +89,12 @@ def test_a_corpus_is_not_written_over_other_files(command, music):
     assert sorted(path.name for path in music.iterdir()) == ["a.wav", "b.wav"]
 
 
+def test_nothing_to_compile_with(command, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--compile=always"]
+    refused(command(train, *args), "compile = 'always': needs a C++ compiler", "leave it out")
+
+
 def test_a_second_run_in_one_folder_is_refused(command, dataset, tmp_path):
     out = tmp_path / "out"
     args = [*TOY, f"--data={dataset}", f"--out={out}", "--samples=0"]

@@ -10,19 +10,26 @@ import io
 import json
 import pickle
 import shutil
+import socket
+import subprocess
 import sys
+import tempfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import ROOT, TOY, without_checksums
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 import config
 import data
 import report
+import sample
+import train
 from checkpoint import read_checkpoint, save_checkpoint
 from codec import file_name, load_audio, load_codec
 from conditioning import TextEmbedder, merge_text
@@ -187,7 +194,7 @@ def audio(draw):
     file = io.BytesIO()
     try:
         soundfile.write(file, wav, rate, format=kind, subtype=subtype)
-    except (soundfile.LibsndfileError, ValueError):
+    except (soundfile.LibsndfileError, ValueError, AssertionError):  # no such file can be made
         return draw(st.sampled_from(["a.wav", "a.mp3"])), draw(st.binary(max_size=60))
     suffix = draw(st.sampled_from([kind.lower(), "wav", "mp3", "opus"]))
     return f"a.{suffix}", damaged(draw, file.getvalue())
@@ -243,7 +250,7 @@ def test_a_damaged_data_set_is_refused_or_gives_batches(dataset, tmp_path, drawn
         kind = drawn.draw(st.sampled_from([np.float32, np.int64, np.uint8, np.int16, object, "U3"]))
         shape = drawn.draw(st.sampled_from([(), (0, 4), (50, 4), (50, 3), (50,), np.load(path).shape]))
         np.save(path, np.zeros(shape, kind), allow_pickle=True)
-    elif how == "json" and path.suffix in (".json", ".jsonl"):
+    elif how == "json" and content and path.suffix in (".json", ".jsonl"):
         lines = content.decode().splitlines() if path.suffix == ".jsonl" else [content.decode()]
         entry = json.loads(lines[0])
         entry[drawn.draw(st.sampled_from(sorted(entry)))] = drawn.draw(JSON)
@@ -253,6 +260,7 @@ def test_a_damaged_data_set_is_refused_or_gives_batches(dataset, tmp_path, drawn
     s = Settings(batch_size=4, valid_items=0)
 
     def use():
+        data.damage(folder)
         sides = [data.Tokens(folder, split) for split in ("train", "valid")]
         unigram = data.unigram_ce(folder)
         assert unigram.shape == (4,) and np.isfinite(unigram).all() and (unigram >= 0).all()
@@ -378,8 +386,55 @@ def test_any_log_is_read_or_refused(tmp_path, content):
 @IN_PLACE
 @given(TEXTS)
 def test_any_record_given_to_again_is_read_or_refused(tmp_path, command, content):
-    import sample
-
     (tmp_path / "a.json").write_bytes(content)
     status, output = command(sample, "--again", tmp_path / "a.json")
     assert status == 2 and "Traceback" not in output and "error: " in output
+
+
+# ------------------------------------------------------------------------------------------------------- limits
+
+
+def test_nothing_is_fetched_and_nothing_written_elsewhere(dataset, tmp_path, command, monkeypatch):
+    """A whole run and its samples, with every connection refused, in a folder where nothing may be left."""
+
+    def refuse(self, address):
+        raise AssertionError(f"a connection to {address}")
+
+    def files(folder):
+        return {path for path in folder.rglob("*") if "__pycache__" not in path.parts and ".git" not in path.parts}
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    here, scratch = tmp_path / "here", tmp_path / "scratch"
+    here.mkdir(), scratch.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    before = files(ROOT), files(Path(dataset))
+    status, output = command(train, *TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--evaluate_clips=2")
+    assert status == 0, output
+    wanted = ("bells", "--duration", 1, "--out", tmp_path / "clips", "--spectrogram")
+    status, output = command(sample, tmp_path / "out" / "best.pt", *wanted)
+    assert status == 0, output
+    assert (files(ROOT), files(Path(dataset))) == before and not any([*here.iterdir(), *scratch.iterdir()])
+    assert len(list((tmp_path / "clips").iterdir())) == 3
+
+
+@pytest.mark.skipif(not shutil.which("prlimit"), reason="needs prlimit")
+def test_training_on_data_larger_than_memory(dataset, tmp_path):
+    """32 GB of tokens, with 2 GB of memory that is not a map of a file: shards are read where batches need them."""
+    folder = without_checksums(Path(shutil.copytree(dataset, tmp_path / "large")))
+    frames, pieces = 2**32, 512
+    for name, dtype, shape in (("", np.uint16, (frames, 4)), ("_melody", np.uint8, (frames,))):
+        np.lib.format.open_memmap(folder / f"train_000{name}.npy", "w+", dtype, shape)  # a sparse file, all zeros
+    size = frames // pieces
+    tracks = [dict(name=f"{i}", path=f"{i}.wav", caption="bells", metadata={}, first=i * size, frames=size)
+              for i in range(pieces)]  # fmt: skip
+    (folder / "train_000.jsonl").write_text("".join(json.dumps(track) + "\n" for track in tracks))
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["train"]["frames"] = frames
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert (folder / "train_000.npy").stat().st_size > 32e9
+    args = [*TOY, f"--data={folder}", f"--out={tmp_path / 'out'}", "--samples=0"]
+    done = subprocess.run(["prlimit", f"--data={2 * 2**30}", sys.executable, "train.py", *args], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and "best at step" in done.stdout, done.stdout + done.stderr

@@ -201,6 +201,10 @@ def test_prompts_of_different_lengths_in_one_batch(tokenizer):
             assert torch.equal(together[row, :, : prompt.shape[1]], prompt)
             if frames == 15:
                 assert torch.equal(together[row], model.generate([condition], frames, prompt[None], **choice)[0])
+    sampled = dict(cfg=2.0, temperature=1.0)
+    together = model.generate(conditions, 15, prompts, seeds=[3, 4, 5], **sampled)
+    for row, (condition, prompt) in enumerate(zip(conditions, prompts)):
+        assert torch.equal(together[row], model.generate([condition], 15, prompt[None], seeds=[3 + row], **sampled)[0])
 
 
 def test_lower_precision_in_generation_stays_close(tokenizer):
@@ -220,10 +224,10 @@ def test_lower_precision_in_generation_stays_close(tokenizer):
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_compiled_generation_equals_eager(tokenizer):
     eager, compiled = (make_model(tokenizer, layers=1).for_generation(compiled=compiled) for compiled in (False, True))
-    for B, frames in ((1, 9), (2, 12)):
-        choice = dict(cfg=2.0, temperature=0, prompt=torch.ones(B, 4, 2, dtype=torch.int64))
-        assert torch.equal(eager.generate([ORGAN, {}][:B], frames, **choice),
-                           compiled.generate([ORGAN, {}][:B], frames, **choice))  # fmt: skip
+    for frames in (9, 33):  # within the trained length, and past it
+        choice = dict(cfg=2.0, temperature=0, prompt=torch.ones(2, 4, 2, dtype=torch.int64))
+        assert torch.equal(eager.generate([ORGAN, {}], frames, **choice),
+                           compiled.generate([ORGAN, {}], frames, **choice))  # fmt: skip
 
 
 def test_blocks_are_one_graph_in_training_and_in_generation(tokenizer):
