@@ -465,7 +465,8 @@ class MusicLM(nn.Module):
             sight = round_up(P + step, unit)
             if runs == 0 or sight != len(cache.span):
                 cache.span, runs, move = everywhere[:sight], 0, advance
-                torch._dynamo.maybe_mark_dynamic(cache.span, 0)
+                if self.compiled:  # or else not even imported, which takes a second
+                    torch._dynamo.maybe_mark_dynamic(cache.span, 0)
             if runs == 2 and self.compiled and device.type == "cuda":  # all is compiled and has run by now
                 move = recorded(advance)
             move()

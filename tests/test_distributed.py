@@ -1,5 +1,6 @@
 """Several processes are one run: the same losses as one process, exact resume, and an end that is never silent."""
 
+import concurrent.futures
 import json
 import os
 import random
@@ -128,6 +129,7 @@ def test_killed_at_random_moments_it_loses_nothing_but_time(dataset, tmp_path):
     rng, steps, out, cut = random.Random(0), 10 * KILLS + 20, tmp_path / "parts", 0
     common = [*TOY, f"--data={dataset}", f"--steps={steps}", "--epoch=2", "--keep_every=5", "--watchdog=20"]
     whole = start("train.py", *common, f"--out={tmp_path / 'whole'}", ranks=2)
+    printed = concurrent.futures.ThreadPoolExecutor(1).submit(whole.communicate)  # a full pipe would hold it up
 
     def committed():
         return torch.load(out / "last.pt", weights_only=True)["step"] if (out / "last.pt").exists() else 0
@@ -154,9 +156,10 @@ def test_killed_at_random_moments_it_loses_nothing_but_time(dataset, tmp_path):
         cut += any(out.glob("*t.tmp"))  # last.tmp or best.tmp
         assert committed() >= before, "a commit was lost"
     print(f"{KILLS} kills up to step {committed()} of {steps}, {cut} of them while a checkpoint was being written")
-    before, printed = committed(), finish(start("train.py", *common, f"--out={out}", ranks=2))
-    assert before and f"going on from {out / 'last.pt'} at step {before}" in printed
-    finish(whole)
+    before, last = committed(), start("train.py", *common, f"--out={out}", ranks=2)
+    said, _ = last.communicate()
+    assert last.returncode == 0 and before and f"going on from {out / 'last.pt'} at step {before}" in said
+    assert printed.result() and whole.returncode == 0
     assert same_run(tmp_path / "whole", out)
     for name in ("metrics.jsonl", "history.jsonl"):
         assert untimed(tmp_path / "whole" / name) == untimed(out / name)
