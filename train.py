@@ -91,7 +91,7 @@ def make_optimizer(model, s):
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    fused = groups[0]["params"][0].device.type != "mps"  # where it does not look at `found_inf`
+    fused = trained[0].device.type != "mps"  # where it does not look at `found_inf`
     return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=fused)
 
 
