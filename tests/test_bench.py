@@ -68,6 +68,14 @@ def test_the_ceilings_are_those_of_what_is_run(monkeypatch):
     assert product == 2 * 2048**3 / 0.5 and copy == 2 * 2**28 / 0.25
 
 
+def test_start_up_is_that_of_the_programs(command, monkeypatch):
+    started = []
+    monkeypatch.setattr(bench.subprocess, "run", lambda words, **how: started.append(words[1:]))
+    status, output = command(bench, "--work", "start", "--repeats", 2)
+    assert status == 0 and output.count(" s\n") == 3 and "import torch alone" in output
+    assert [words for words in started if "train.py" in words] == 3 * [["train.py", "--help"]]
+
+
 def test_bad_input_is_refused(command):
     status, output = command(bench, "--work", "trian")
     assert status == 2 and "there is no 'trian'" in output

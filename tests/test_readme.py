@@ -9,13 +9,14 @@ import pytest
 import torch
 from conftest import ROOT, TOY, finish, start
 
+import bench
 import metrics
 import model
 import sample
 import train
 from codec import build_musicgen_32khz
 
-MODULES = {"train.py": train, "sample.py": sample, "metrics.py": metrics, "model.py": model}
+MODULES = {"bench.py": bench, "train.py": train, "sample.py": sample, "metrics.py": metrics, "model.py": model}
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 COMMANDS = [part.strip() for block in BLOCKS for line in block.splitlines() for part in line.split("#")[0].split("&&")]
@@ -71,6 +72,7 @@ def parsed(line, home):
         args += "--size tiny --train_batch 1 --train_frames 20 --generate_batch 1 --generate_frames 8".split()
         args += "--dtype float32 --repeats 1 --clips 6".split()
         args = [word for word in args if word not in ("--compile", "--peers")]
+        args += [] if "--work" in args else ["--work", "train,generate"]
     if program == "demo_music.py":
         args += ["--clips", "3"]
     if program == "metrics.py":
