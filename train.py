@@ -44,7 +44,7 @@ SHAPE_SETTINGS = "dim heads layers pattern delays text_dim text_heads text_layer
 STYLE_SETTINGS = "style_dim style_heads style_layers style_books style_bins style_seconds".split()
 DIVERGED = 100  # nats; blind guessing is ln(card), below 8
 MOST_SKIPPED = 16  # steps in a row of a float16 run: the loss scale, 2^16 at first, is below 1 then
-BEHIND = {"cuda": 1}  # steps that the host goes on before it hears of one, so that no step waits for it but for style's
+BEHIND = {"cuda": 1}  # steps that the host goes on before it hears of one, to wait for none (style still makes it wait)
 TUNING_SETTINGS = "freeze lora_rank lora_alpha lora_targets".split()  # not to change when a run goes on
 
 
@@ -69,10 +69,11 @@ def validate(model, valid_data, s, T, size, device, autocast):
     total = torch.zeros(3, model.K, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     for batch in valid_data.batches(T, size, s, distributed.rank(), distributed.size()):
         distributed.beat("validating")
-        codes, valid, scored = (tensor.to(device) for tensor in (batch.codes, batch.valid, batch.scored))
+        batch = batch.to(device)
         for row, conditions in enumerate((batch.conditions, [{} for _ in batch.conditions])):
             with autocast():
-                ce_sum, count = model(codes, valid, scored, model.conditioner.prepare(conditions, device))
+                inputs = model.conditioner.prepare(conditions, device)
+                ce_sum, count = model(batch.codes, batch.valid, batch.scored, inputs)
             total[row] += ce_sum
         total[2] += count
     total = distributed.sum_over_ranks(total)
