@@ -18,6 +18,7 @@ Letters: N clips, K codebooks, T frames, T' chroma frames, D size of a vector, F
 """
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -27,24 +28,24 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import config
+import common
 import data
-import distributed
-from codec import load_codec, mel_spectrogram
+from codec import file_name, load_audio, mel_spectrogram, write_audio
+from common import UserError
 from conditioning import SILENCE, chromagram
-from config import UserError
-from model import load_model, pick_device
+from generate import generate, load_model
 
 LARGEST_CLASS_COUNT = 7  # an attribute with more values than this is no class to probe for
 PROBE_CLIPS = 600  # real clips that the probe learns from, at least, where there are so many
 FLOOR_DRAWS = 10  # sets of real clips whose Fréchet distances are averaged, at most
 
 
-def watched(items, doing, **bar):
-    """The items one by one, with a progress bar and a beat for the watchdog."""
-    for item in tqdm(items, desc=doing, file=sys.stdout, mininterval=1, leave=False, **{"unit": "clip", **bar}):
-        distributed.beat("evaluating")
-        yield item
+def progress(items, doing):
+    """The items one by one, with a progress bar."""
+    return tqdm(items, desc=doing, file=sys.stdout, mininterval=1, leave=False, unit="clip")
+
+
+# ------------------------------------------------------------------------------------------------------ distances
 
 
 def gaussian(parts):
@@ -72,12 +73,34 @@ def latent_gaussian(codec, clips):
     return gaussian(torch.cat([z[:, :-1], z[:, 1:]]) for z in latents)
 
 
+def frechet_floor(codec, train_data, real, target):
+    """Fréchet distance to `target`, the Gaussian of the clips `real`, from as many training clips of the same lengths.
+
+    The mean over up to FLOOR_DRAWS sets of training tracks, because a few dozen clips may happen to be near or far.
+    """
+    step = max(1, len(train_data.tracks) // len(real))  # a set is every step-th track
+    distances = []
+    for first in progress(range(0, step, -(-step // FLOOR_DRAWS)), "real music against real"):
+        pairs = zip(train_data.tracks[first::step], real)
+        clips = (clip_of(train_data, track, held_out.shape[1]) for track, held_out in pairs)
+        distances.append(frechet_distance(latent_gaussian(codec, clips), target))
+    return float(np.mean(distances))
+
+
 def chroma_similarity(a, b):
     """Mean cosine of two chromagrams [12, T'] over the frames that sound in both; 0 where none does."""
     frames = min(a.shape[1], b.shape[1])
     a, b = a[:, :frames], b[:, :frames]
     sound = (a.sum(0) > 0) & (b.sum(0) > 0)
     return float(F.cosine_similarity(a[:, sound], b[:, sound], dim=0).mean()) if sound.any() else 0.0
+
+
+def mean_similarity(ours, theirs):
+    """Of two lists of chromagrams [1, 12, T'], pair by pair."""
+    return float(np.mean([chroma_similarity(a[0], b[0]) for a, b in zip(ours, theirs)]))
+
+
+# ------------------------------------------------------------------------------------------------ caption adherence
 
 
 def attributes_of(tokens):
@@ -121,14 +144,14 @@ class Probe:
         return torch.cat([(x - self.mean) / self.std, torch.ones(len(x), 1)], dim=1)
 
     def accuracy(self, x, labels):
-        heard = (self.expand(x) @ self.weight).argmax(1)
-        return float(np.mean([self.classes[i] == label for i, label in zip(heard, labels)]))
+        predicted = (self.expand(x) @ self.weight).argmax(1)
+        return float(np.mean([self.classes[i] == label for i, label in zip(predicted, labels)]))
 
 
-def adherence(attributes, known, x, asked, heard):
-    """The share of clips in which the probe hears what is asked for: {attribute: {"chance", and every name in heard}}.
+def adherence(attributes, known, x, asked, clips):
+    """The share of clips in which the probe hears what is asked for: {attribute: {"chance", and every name in clips}}.
 
-    The probe learns from the tracks `known`, with features x [N, F]; heard is {name: features [N, F]} of clips for the
+    The probe learns from the tracks `known`, with features x [N, F]; clips is {name: features [N, F]}, made for the
     tracks `asked`. Chance always names their commonest class. Tracks without the attribute are left out.
     """
     table = {}
@@ -140,34 +163,32 @@ def adherence(attributes, known, x, asked, heard):
         probe = Probe(x[rows], [known[i]["metadata"][attribute] for i in rows], classes)
         labels = [asked[i]["metadata"][attribute] for i in asking]
         table[attribute] = {"chance": max(labels.count(c) for c in classes) / len(labels)}
-        table[attribute] |= {name: probe.accuracy(clips[asking], labels) for name, clips in heard.items()}
+        table[attribute] |= {name: probe.accuracy(found[asking], labels) for name, found in clips.items()}
     return table
+
+
+# ----------------------------------------------------------------------------------------------------------- clips
 
 
 def generate_many(model, conditions, T, cfg, s, name, prompts=None, batch_size=32):
     """Codes int64 [N, K, T] for N conditions and seeds 0 to N - 1, on the CPU of every rank. All ranks must call it.
 
-    Rank r makes clips r, r + size, ...; a clip is the same whoever makes it. prompts: codes [N, K, T'] to go on from.
+    Rank r makes clips r, r + world size, ...; a clip is the same whoever makes it. prompts: codes [N, K, T'] to go on
+    from.
     """
-    mine = range(distributed.rank(), len(conditions), distributed.size())
-    bar = tqdm(total=len(mine) * T, desc=f"generating, {name}", unit="frame", file=sys.stdout, mininterval=1,
-               leave=False, disable=distributed.rank() > 0)  # fmt: skip
+    mine = range(common.rank(), len(conditions), common.world_size())
     parts = [torch.zeros(0, model.K, T, dtype=torch.int64)]
-    for first in range(0, len(mine), batch_size):
-        seeds = mine[first : first + batch_size]
-
-        def progress(done, before=first, clips=seeds):
-            bar.update(before * T + done * len(clips) - bar.n)
-            distributed.beat("evaluating")
-
-        codes = model.generate(
-            [conditions[i] for i in seeds], T, prompt=None if prompts is None else prompts[seeds], cfg=cfg,
-            cfg_beta=s.cfg_beta, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seeds=seeds,
-            progress=progress,
-        )  # fmt: skip
-        parts.append(codes.cpu())
-    bar.close()
-    shares = distributed.gather(torch.cat(parts))
+    with tqdm(total=-(-len(mine) // batch_size) * T, desc=f"generating, {name}", unit="frame", file=sys.stdout,
+              mininterval=1, leave=False) as bar:  # fmt: skip
+        for first in range(0, len(mine), batch_size):
+            seeds = mine[first : first + batch_size]
+            codes = generate(
+                model, [conditions[i] for i in seeds], T, prompt=None if prompts is None else prompts[seeds], cfg=cfg,
+                cfg_beta=s.cfg_beta, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seeds=seeds,
+                progress=bar.update,
+            )  # fmt: skip
+            parts.append(codes.cpu())
+    shares = common.gather(torch.cat(parts))
     codes = torch.zeros(len(conditions), model.K, T, dtype=torch.int64)
     for rank, share in enumerate(shares):
         codes[rank :: len(shares)] = share
@@ -179,44 +200,27 @@ def clip_of(tokens, track, frames):
     return torch.from_numpy(tokens.codes(track, 0, frames).T.astype(np.int64))
 
 
-def listen(codec, clips, hear):
-    """Clips, codes [K, T] -> `hear(wav [1, samples], sample_rate)` of each on the CPU, decoded one by one."""
-    return [hear(codec.decode(codes[None]).mean(1), codec.sample_rate).cpu() for codes in clips]
+def listen(codec, clips, measure):
+    """Clips, codes [K, T] -> `measure(wav [1, samples], sample_rate)` of each on the CPU, decoded one by one."""
+    return [measure(codec.decode(codes[None]).mean(1), codec.sample_rate).cpu() for codes in clips]
 
 
-def frechet_floor(codec, train_data, real, target):
-    """Fréchet distance to `target`, the Gaussian of the clips `real`, from as many training clips of the same lengths.
-
-    The mean over up to FLOOR_DRAWS sets of training tracks, because a few dozen clips may happen to be near or far.
-    """
-    step = max(1, len(train_data.tracks) // len(real))  # a set is every step-th track
-    distances = []
-    for first in watched(range(0, step, -(-step // FLOOR_DRAWS)), "real music against real", unit="set"):
-        pairs = zip(train_data.tracks[first::step], real)
-        clips = (clip_of(train_data, track, held_out.shape[1]) for track, held_out in pairs)
-        distances.append(frechet_distance(latent_gaussian(codec, clips), target))
-    return float(np.mean(distances))
-
-
-def requests(conditions, s):
-    """What to generate: {name: (N conditions, guidance)}; the first name has all conditions and the settings' cfg."""
+def what_to_generate(conditions, s):
+    """{name: (N conditions, guidance)}; the first name has all conditions and the settings' cfg."""
     names = {name for sample in conditions for name in sample}
-
-    def alone(name, **change):
-        return [{name: change.get(name, sample[name])} if name in sample else {} for sample in conditions]
-
-    made = {f"cfg {s.cfg:g}": (conditions, s.cfg), "cfg 1": (conditions, 1.0)}
+    wanted = {f"cfg {s.cfg:g}": (conditions, s.cfg), "cfg 1": (conditions, 1.0)}
     if len(names) > 1:
-        made |= {f"{name} alone": (alone(name), s.cfg) for name in sorted(names)}
+        for name in sorted(names):
+            wanted[f"{name} alone"] = ([{name: sample.get(name)} for sample in conditions], s.cfg)
     if "style" in names:
-        for books in {1, s.style_books}:
-            excerpts = [{"style": (sample["style"][0], books)} for sample in conditions]
-            made[f"style of {books} book{'s' * (books > 1)}"] = (excerpts, s.cfg)
-    return made | {"nothing": ([{} for _ in conditions], 1.0)}
+        for number in {1, s.style_codebooks}:
+            excerpts = [{"style": (sample["style"][0], number)} for sample in conditions]
+            wanted[f"style of {number} codebook{'s' * (number > 1)}"] = (excerpts, s.cfg)
+    return wanted | {"nothing": ([{} for _ in conditions], 1.0)}
 
 
-def evaluate(model, codec, train_data, valid_data, s):
-    """Measures the model on the first `evaluate_clips` held-out tracks. All ranks must call it, and get the same dict:
+def evaluate(checkpoint, codec, train_data, valid_data, s):
+    """Measures a checkpoint on the first `evaluate_clips` held-out tracks. All ranks must call it, and get the same dict:
 
     clips                  how many
     fad, fad_real          Fréchet distance from the held-out clips to those generated for their conditions, cut to the
@@ -232,58 +236,92 @@ def evaluate(model, codec, train_data, valid_data, s):
     melody                 {"real", "cfg 3", ...: {"own", "shuffled"}}, similarity of each clip's chroma to the melody
                            that it was given, and to the next clip's. {} if the model takes no melody
     """
+    model, _, _ = load_model(checkpoint, codec.device)
     T, asked = model.trained_frames, valid_data.tracks[: s.evaluate_clips]
     attributes = attributes_of(train_data) if any(track["caption"] for track in asked) else {}
-
-    conditions = valid_data.whole([(track, 0) for track in asked], T, s).conditions
-    made, seconds = {}, 0.0
-    for name, (given, cfg) in requests(conditions, s).items():
-        if made and not attributes and not s.melody:
-            break
-        distributed.wait()
+    *_, conditions = valid_data.collate(valid_data.whole_items([(track, 0) for track in asked], T, s), T)
+    wanted = what_to_generate(conditions, s)
+    guided = next(iter(wanted))
+    if not attributes and not s.melody:  # nothing to compare the others by
+        wanted = {guided: wanted[guided]}
+    made, seconds = {}, {}
+    for name, (given, cfg) in wanted.items():
+        common.barrier()
         start = time.perf_counter()
         made[name] = generate_many(model, given, T, cfg, s, name)
-        seconds = seconds or time.perf_counter() - start  # the slowest rank's, for which the others wait
-    if distributed.rank() > 0:
-        return distributed.gather(None)[0]
+        seconds[name] = time.perf_counter() - start  # the slowest rank's, for which the others wait
+    if common.rank() > 0:
+        return common.gather(None)[0]
 
     real = [clip_of(valid_data, track, T) for track in asked]
-    made = {name: [codes[:, : held_out.shape[1]] for codes, held_out in zip(clips, real)]
-            for name, clips in {"real": real, **made}.items()}  # fmt: skip
-    guided = f"cfg {s.cfg:g}"
+    clips = {"real": real}
+    for name, codes in made.items():
+        clips[name] = [clip[:, : held_out.shape[1]] for clip, held_out in zip(codes, real)]
     target = latent_gaussian(codec, real)
-    chroma = {name: listen(codec, watched(clips, f"chroma of {name}"), chromagram)
-              for name, clips in made.items() if s.melody or name in ("real", guided)}  # fmt: skip
-
-    def similarity(ours, theirs):
-        return float(np.mean([chroma_similarity(a[0], b[0]) for a, b in zip(ours, theirs)]))
-
-    def shuffled(clips):
-        return clips[1:] + clips[:1]
-
+    chroma = {name: listen(codec, progress(clips[name], f"chroma of {name}"), chromagram)
+              for name in clips if s.melody or name in ("real", guided)}  # fmt: skip
     result = {
         "clips": len(asked),
-        "fad": frechet_distance(latent_gaussian(codec, made[guided]), target),
+        "fad": frechet_distance(latent_gaussian(codec, clips[guided]), target),
         "fad_real": frechet_floor(codec, train_data, real, target),
-        "chroma": similarity(chroma["real"], chroma[guided]),
-        "chroma_chance": similarity(chroma["real"], shuffled(chroma[guided])),
-        "rtf": len(asked) * T / codec.frame_rate / seconds,
+        "chroma": mean_similarity(chroma["real"], chroma[guided]),
+        "chroma_chance": mean_similarity(chroma["real"], chroma[guided][1:] + chroma[guided][:1]),
+        "rtf": len(asked) * T / codec.frame_rate / seconds[guided],
         "adherence": {},
         "melody": {},
     }
     if s.melody:
         melodies = [F.one_hot(torch.as_tensor(sample["melody"]).long(), SILENCE + 1)[:, :SILENCE].T[None].float()
                     for sample in conditions]  # fmt: skip
-        others = shuffled(melodies)
-        result["melody"] = {name: {"own": similarity(clips, melodies), "shuffled": similarity(clips, others)}
-                            for name, clips in chroma.items()}  # fmt: skip
+        shuffled = melodies[1:] + melodies[:1]
+        for name, found in chroma.items():
+            result["melody"][name] = dict(
+                own=mean_similarity(found, melodies), shuffled=mean_similarity(found, shuffled)
+            )
     if attributes:
-        heard = {name: torch.cat(listen(codec, watched(clips, f"listening to {name}"), features))
-                 for name, clips in made.items()}  # fmt: skip
+        x = {name: torch.cat(listen(codec, progress(codes, f"listening to {name}"), features))
+             for name, codes in clips.items()}  # fmt: skip
         known = train_data.tracks[:: max(1, len(train_data.tracks) // PROBE_CLIPS)]
-        clips = (clip_of(train_data, track, T) for track in watched(known, "listening to training clips"))
-        result["adherence"] = adherence(attributes, known, torch.cat(listen(codec, clips, features)), asked, heard)
-    return distributed.gather(result)[0]
+        codes = (clip_of(train_data, track, T) for track in progress(known, "listening to training clips"))
+        result["adherence"] = adherence(attributes, known, torch.cat(listen(codec, codes, features)), asked, x)
+    print_table(result)
+    return common.gather(result)[0]
+
+
+def write_samples(checkpoint, codec, valid_data, step, s):
+    """Clips to listen to, for the first held-out captions, with the same seeds every time: generated freely, and
+    continuing the first quarter of the held-out music; beside them, that music itself and what the codec makes of it.
+
+    Returns what the listening page needs to know of each clip, on every rank; paths are relative to OUT.
+    """
+    model, _, _ = load_model(checkpoint, codec.device)
+    T, tracks, out = model.trained_frames, valid_data.tracks[: s.samples], Path(s.out)
+    codes, valid, _, conditions = valid_data.collate(valid_data.whole_items([(track, 0) for track in tracks], T, s), T)
+    lengths = valid.sum(1)
+    prompt_frames = max(1, min(T // 4, int(lengths.min())))
+    free = generate_many(model, conditions, T, s.cfg, s, "samples")
+    prompts = codes[:, :, :prompt_frames]
+    continued = generate_many(model, conditions, T, s.cfg, s, "continuations", prompts)
+    if common.rank() > 0:
+        return []
+    folder, held_out, clips = out / "samples" / f"step_{step:06d}", out / "samples" / "held_out", []
+    for new in (folder, held_out):
+        new.mkdir(parents=True, exist_ok=True)
+    for seed, track in enumerate(tracks):
+        name, real = file_name(track["caption"], seed), codes[seed, :, : lengths[seed]]
+        wavs = {
+            "free": (folder / f"{name}.wav", codec.decode(free[seed][None])[0]),
+            "continued": (folder / f"{name}_continued.wav", codec.decode(continued[seed][None])[0]),
+            "codec": (held_out / f"{name}_codec.wav", codec.decode(real[None])[0]),
+        }
+        with contextlib.suppress(UserError):  # the music may have been moved since it was encoded
+            wav = load_audio(track["path"], codec.sample_rate, codec.channels)
+            wavs["reference"] = (held_out / f"{name}.wav", wav[:, : real.shape[1] * codec.hop])
+        clip = dict(caption=track["caption"], seed=seed, prompt_seconds=prompt_frames / codec.frame_rate)
+        for key, (path, wav) in wavs.items():
+            clip[key] = write_audio(path, wav, codec.sample_rate).relative_to(out).as_posix()
+        clips.append(clip)
+    return clips
 
 
 def print_table(result):
@@ -291,12 +329,12 @@ def print_table(result):
     print(f"Fréchet distance of codec latents {result['fad']:9.2f}   floor, real music: {result['fad_real']:.2f}")
     print(f"chroma similarity to the held-out {result['chroma']:9.2f}   chance: {result['chroma_chance']:.2f}")
     print(f"real-time factor                  {result['rtf']:9.2f}   seconds of music in a second")
-    columns = {f"{name}": row for name, row in result["adherence"].items()}
+    columns = dict(result["adherence"])
     if result["melody"]:
         for key, title in (("own", "melody"), ("shuffled", "shuffled")):
-            columns[title] = {name: of[key] for name, of in result["melody"].items()}
+            columns[title] = {name: row[key] for name, row in result["melody"].items()}
     if not result["adherence"]:
-        print("caption adherence: not measured, without captions and attributes on both sides")
+        print("caption adherence: not measured, without captions and attributes in both splits")
     if not columns:
         return
     print("\nadherence: share of clips in which a probe hears the attribute of the clip that gave the conditions")
@@ -306,36 +344,33 @@ def print_table(result):
     for name in dict.fromkeys(name for column in columns.values() for name in column):
         cells = [f"{column[name]:12.2f}" if name in column else f"{'':12}" for column in columns.values()]
         print(f"{name:18}" + "".join(cells))
-    for row in list(result["adherence"].values())[:1]:
-        guided = list(row)[2]
-        shares = [of[guided] / of["real"] if of["real"] else 0.0 for of in result["adherence"].values()]
+    if result["adherence"]:
+        guided = [*next(iter(result["adherence"].values()))][2]  # after chance and real
+        shares = [row[guided] / row["real"] if row["real"] else 0.0 for row in result["adherence"].values()]
         print(f"{guided + ', % of real':18}" + "".join(f"{share:12.0%}" for share in shares))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder, with best.pt in it")
+    parser.add_argument("run", help="a run's folder, with best.pt in it, or one of its checkpoints")
     parser.add_argument("--clips", type=int, default=60, help="held-out captions to generate for")
     parser.add_argument("--cfg", type=float, help="guidance; by default the run's")
-    parser.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto: the first of them that is there")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto: the accelerator where there is one")
     args = parser.parse_args()
     if args.clips < 1:
         raise UserError(f"--clips {args.clips}: must be at least 1")
-    device = distributed.join(pick_device(args.device)[0], seconds=600)
-    model, s, about = load_model(Path(args.run, "best.pt"), device)
+    device = common.join(common.pick_device(args.device)[0], timeout=3600)
+    path = Path(args.run, "best.pt") if Path(args.run).is_dir() else Path(args.run)
+    _, s, description = load_model(path)
     s.evaluate_clips, s.cfg = args.clips, s.cfg if args.cfg is None else args.cfg
-    codec = load_codec(s.codec, s.codec_weights).to(device)
-    train_data, valid_data = data.Tokens(s.data, "train"), data.Tokens(s.data, "valid")
-    if codec.id != about["id"] or train_data.meta["codec"]["id"] != about["id"]:
-        raise UserError(
-            f"{args.run} was trained on codec {about['id']}, and {s.data} holds {train_data.meta['codec']['id']}"
-        )
-    result = evaluate(model, codec, train_data, valid_data, s)
-    print_table(result)
-    if distributed.rank() == 0:
-        data.write_json(Path(args.run, "metrics.json"), result)
-    distributed.leave()
+    codec = data.load_codec(s.data, s.codec, s.codec_weights).to(device)
+    if codec.id != description["id"]:
+        raise UserError(f"{path} was trained on codec {description['id']}, and {s.data} holds that of {codec.id}")
+    result = evaluate(path, codec, data.Tokens(s.data, "train"), data.Tokens(s.data, "valid"), s)
+    if common.rank() == 0:
+        common.write_json(path.with_name("metrics.json"), result)
+    common.leave()
 
 
 if __name__ == "__main__":
-    config.run(main, distributed.first_to_report, distributed.exit)
+    common.run(main)

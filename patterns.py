@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from config import UserError
+from common import UserError
 
 
 def delay_steps(K, T, delays=None):
@@ -54,7 +54,6 @@ class Pattern:
     def __init__(self, step, S):
         self.step, self.S = step, S
         self.K, self.T = step.shape
-        self.longest = max(S, int(step.max()) + 1)
 
     def to(self, device):
         return Pattern(self.step.to(device), self.S)
@@ -71,8 +70,8 @@ class Pattern:
 
     def build(self, codes, special):
         """codes [B, K, T] -> sequence [B, K, S], `special` where no code stands. One scatter."""
-        sequence = codes.new_full((len(codes), self.K, self.longest), special)
-        return sequence.scatter(2, self.step.expand_as(codes), codes)[:, :, : self.S]
+        sequence = codes.new_full((len(codes), self.K, self.S + 1), special)  # what is cut off goes to the last step
+        return sequence.scatter(2, self.step.clamp(max=self.S).expand_as(codes), codes)[:, :, : self.S]
 
     def revert(self, sequence, special):
         """sequence [B, K, S] -> codes [B, K, T], `special` where a frame's step was cut off. One gather."""

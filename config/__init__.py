@@ -1,4 +1,4 @@
-"""Every setting with its default, and the loader.
+"""Every setting with its default and its comment, and the loader.
 
 A config file is Python that assigns some of the settings, and may begin with `from config.small import *`.
 On the command line `--key=value` or `--key value` overrides it:
@@ -7,7 +7,6 @@ On the command line `--key=value` or `--key value` overrides it:
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -18,39 +17,28 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-
-class UserError(ValueError):
-    """Bad input. The message is one line that says what was wrong, where, and what to do."""
-
-    def __str__(self):  # of what was typed or read, nothing may break the line or steer a terminal
-        text = super().__str__()
-        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
-def first_line(error):
-    """What an exception says, on one line of at most 100 characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+from common import UserError
 
 
 @dataclass
 class Settings:
     # The run
     out: str = "out/run"  # folder for checkpoints, logs and samples
-    resume: bool = True  # go on from OUT/last.pt where there is one; False refuses to write over it
-    init_from: str = ""  # a new run begins with the weights of a best.pt, or musicgen:PATH; unlike resuming, at step 0
+    resume: bool = True  # continue from OUT/last.pt where there is one; False refuses to write over it
+    init_from: str = ""  # a new run starts with the weights of this checkpoint, another run's or an imported one
     seed: int = 0  # fixes the weights, the batches and every dropout draw
-    device: str = "auto"  # cuda, mps, cpu, or auto: the first of them that is there
+    device: str = "auto"  # cuda, mps, cpu, or auto: the accelerator where there is one
     dtype: str = "auto"  # float32, bfloat16, float16, or auto: bfloat16 where the device computes in it
     compile: str = "auto"  # the blocks: always, never, or auto: on GPUs, for 1000 steps or more; it takes a minute
     parallel: str = "ddp"  # several processes: ddp, weights on each; fsdp, weights, EMA and optimizer spread over them
     reshard_after_forward: bool = True  # fsdp: free a block's weights until its backward; False: more memory, faster
     activation_checkpointing: bool = False  # compute each block again in the backward pass, to save memory
-    watchdog: float = 600.0  # seconds without progress after which a run of several processes is ended; 0: never
+    timeout: float = 600.0  # seconds that a step of several processes may take before the run ends, with their stacks
     # Data
-    data: str = "data/demo"  # folder made by `python data.py prepare`
+    data: str = "data/demo"  # folder made by `python prepare.py`
     demo_clips: int = 0  # where DATA is missing, synthesise the demo's corpus of so many clips and prepare it
     codec: str = "tiny"  # tiny, encodec_24khz[:1.5|3|6|12] (kbps) or musicgen_32khz; any with :stereo
-    codec_weights: str = ""  # file or folder with the codec's weights; empty: shipped or downloaded
+    codec_weights: str = ""  # file with the codec's weights; empty: shipped or downloaded
     segment: float = 8.0  # seconds of music in a training item; shorter tracks are padded
     batch_size: int = 8  # items in one optimizer step, over all processes
     one_batch: bool = False  # train on the first batch again and again, whose loss must go to zero
@@ -70,7 +58,7 @@ class Settings:
     style_dim: int = 128  # width of the style embedder
     style_heads: int = 4  # its attention heads; divides style_dim
     style_layers: int = 2  # its blocks
-    style_books: int = 6  # residual codebooks that its output passes
+    style_codebooks: int = 6  # of its residual quantiser
     style_bins: int = 256  # vectors in each of them
     style_seconds: tuple = (1.5, 4.5)  # shortest and longest excerpt, at most half of the item
     # Fine-tuning
@@ -94,19 +82,17 @@ class Settings:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    ema_decay: float = 0.99  # of the averaged weights that validation and generation use; 0: no averaging
-    ema_every: int = 1  # steps between updates of that average
+    ema_decay: float = 0.99  # of the EMA of the weights, which validation and generation use; 0: no averaging
+    ema_every: int = 1  # steps between updates of the EMA
     # The cycle
-    epoch: int = 500  # steps in an epoch; after each: commit, validate, keep the best
-    keep_every: int = 0  # epochs between commits that are kept for good, as step_NNNNNN.pt; 0: none
+    epoch: int = 500  # steps in an epoch; after each: checkpoint, validate, keep the best
+    keep_every: int = 0  # epochs between checkpoints that are kept for good, as step_NNNNNN.pt; 0: none
     valid_items: int = 256  # held-out segments validated after each epoch; 0: all
-    generate_every: int = 1  # epochs between sample rounds; 0: only at the end
-    samples: int = 4  # clips in a sample round, for held-out captions
+    generate_every: int = 1  # epochs between rounds of samples; 0: only at the end
+    samples: int = 4  # clips in a round of samples, for held-out captions
     evaluate_every: int = 0  # epochs between evaluations by metrics.py; 0: only at the end
-    evaluate_clips: int = 60  # held-out captions that an evaluation generates; 0: no evaluation
+    evaluate_clips: int = 60  # held-out captions that an evaluation generates for; 0: no evaluation
     log_every: int = 10  # steps between lines of metrics.jsonl
-    estimate: int = 0  # print what the run would take on so many processes (memory, time), and end; alone: on one
-    mfu: float = 0.4  # share of the device's peak that the estimate takes for granted
     logger: str = ""  # tensorboard or wandb, where it is installed; metrics.jsonl is written anyway
     # Generation
     cfg: float = 3.0  # guidance; 1 switches it off
@@ -124,29 +110,25 @@ CHOICES = {
     "pattern": ("delay", "parallel", "unrolled"),
     "logger": ("", "tensorboard", "wandb"),
 }
-SWITCHES = ("estimate",)  # that may stand without a value
 NOT_NEGATIVE = (
-    "estimate seed demo_clips micro_batch min_lr warmup weight_decay clip valid_items keep_every generate_every samples"
-    " evaluate_every evaluate_clips watchdog temperature top_k lora_rank"
+    "seed demo_clips micro_batch min_lr warmup weight_decay clip valid_items keep_every generate_every samples"
+    " evaluate_every evaluate_clips temperature top_k lora_rank"
 )
 POSITIVE = (
     "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens style_dim style_heads"
-    " style_layers style_books style_bins steps lr ema_every epoch log_every mfu"
+    " style_layers style_codebooks style_bins steps lr ema_every epoch log_every timeout"
 )
 PROBABILITIES = (
     "cfg_dropout text_dropout melody_dropout style_dropout merge_text_p word_dropout beta1 beta2 ema_decay top_p"
 )
 
 
-def nearest(name, names):
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else "; see --help"
-
-
-def checked(key, value, where):
+def typed(key, value, where):
     """`value` as the type of the setting `key`; raises UserError for a key or a type that is not one."""
     if key not in FIELDS:
-        raise UserError(f"{where}: unknown setting '{key}'{nearest(key, FIELDS)}")
+        close = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.5)
+        hint = f"did you mean '{close[0]}'?" if close else "see --help"
+        raise UserError(f"{where}: unknown setting '{key}'; {hint}")
     kind = FIELDS[key].type
     if kind is float and type(value) is int:
         value = float(value)
@@ -169,7 +151,7 @@ def from_file(path):
     except (Exception, SystemExit) as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     public = {k: v for k, v in assigned.items() if not k.startswith("_") and not inspect.ismodule(v)}
-    return {key: checked(key, value, path) for key, value in public.items()}
+    return {key: typed(key, value, path) for key, value in public.items()}
 
 
 def from_text(key, text):
@@ -184,8 +166,8 @@ def from_text(key, text):
         return text
 
 
-def validate(s):
-    """Refuses values that no run could use."""
+def check(s, processes):
+    """Raises UserError for values that no run could use."""
     for key, choices in CHOICES.items():
         if getattr(s, key) not in choices:
             raise UserError(f"{key} = {getattr(s, key)!r}: choose one of {', '.join(choices)}")
@@ -204,18 +186,15 @@ def validate(s):
     for key in ("freeze", "lora_targets"):
         if not all(type(value) is str for value in getattr(s, key)):
             raise UserError(f"{key} = {getattr(s, key)}: must be names, blocks.*,heads*")
-    if s.lora_rank and not s.lora_targets:
-        raise UserError("lora_targets: none, though lora_rank is set; qkv,attn_out is usual")
     numbers = all(type(value) in (int, float) for value in s.style_seconds)
     if not (numbers and len(s.style_seconds) == 2 and 0 < s.style_seconds[0] <= s.style_seconds[1]):
         raise UserError(f"style_seconds = {s.style_seconds}: must be the shortest and the longest, 1.5,4.5")
     if s.ema_decay == 1:
         raise UserError("ema_decay = 1: an average that never changes; 0.99 is usual")
-    check_sizes(s.batch_size, s.micro_batch, s.estimate or int(os.environ.get("WORLD_SIZE", 1)))
-    return s
+    check_batch(s.batch_size, s.micro_batch, processes)
 
 
-def check_sizes(batch_size, micro_batch, processes):
+def check_batch(batch_size, micro_batch, processes):
     """Refuses a batch that does not divide into equal micro-batches on every process; names the nearest that does."""
     unit = processes * (micro_batch or 1)
     if batch_size % unit == 0:
@@ -230,31 +209,35 @@ def check_sizes(batch_size, micro_batch, processes):
     raise UserError(f"batch_size = {batch_size} does not divide by {' x '.join(parts)}; the nearest that fit: {near}")
 
 
-def load(argv, usage):
-    """argv (without the program) -> Settings: config files first, in turn, then `--key=value` and `--key value`."""
-    values, typed, words = {}, set(), list(argv)
+def load(argv, usage, processes=None):
+    """argv (without the program) -> Settings: config files first, in turn, then `--key=value` and `--key value`.
+
+    usage: what --help prints before the settings. processes: of the run; by default as many as torchrun has started.
+    """
+    values, given, words = {}, set(), list(argv)
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
-            print(usage + "\n\n" + table())
+            print(usage + "\n\n" + describe_settings())
             sys.exit(0)
         if not word.startswith("--"):
             values.update(from_file(word))
             continue
         key, equals, text = word[2:].partition("=")
         if not equals:
-            alone = not words or words[0].startswith("--") or (key in SWITCHES and not words[0].isdigit())
-            if alone and key not in SWITCHES:
+            if not words or words[0].startswith("--"):
                 raise UserError(f"--{key}: needs a value, --{key}=VALUE")
-            text = "1" if alone else words.pop(0)
-        values[key] = checked(key, from_text(key, text), "command line")
-        typed.add(key)
-    if "data" in typed and "demo_clips" not in typed:
+            text = words.pop(0)
+        values[key] = typed(key, from_text(key, text), "command line")
+        given.add(key)
+    if "data" in given and "demo_clips" not in given:
         values["demo_clips"] = 0  # who names their own data and mistypes it must not get the demo's
-    return validate(Settings(**values))
+    s = Settings(**values)
+    check(s, processes or int(os.environ.get("WORLD_SIZE", 1)))
+    return s
 
 
-def table():
+def describe_settings():
     """Every setting, its default and its comment, read from the source above."""
     rows = []
     for line in inspect.getsource(Settings).splitlines():
@@ -263,61 +246,3 @@ def table():
         elif line.startswith("    # "):
             rows.append(f"\n{line.strip('# ')}")
     return "\n".join(rows)
-
-
-def refuse_unwritable(path, setting):
-    """Raises UserError if no files could be written into the folder `path`, which need not be there yet."""
-    there = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        why = "may not be written to" if there.is_dir() else "is a file"
-        raise UserError(f"{setting} {path}: cannot be written to, {there} {why}; choose another folder")
-
-
-def lock(folder):
-    """Raises UserError if another process on this machine holds the folder; it is held until this one ends."""
-    try:
-        import fcntl
-    except ImportError:  # not on this system
-        return None
-    file = open(Path(folder) / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another run is under way there; wait for it, or choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
-    return file
-
-
-def write_file(path, content):
-    """Writes bytes under a temporary name first, so that the file is always whole; raises UserError if it cannot."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or choose another folder") from None
-
-
-def run(main, first_to_report=lambda message: True, exit=sys.exit):
-    """Calls a program's main; bad input ends it with one line and status 2, ctrl-C with status 130.
-
-    first_to_report: of a message, whether this process is the one to print it.  exit: ends this process.
-    """
-    program = Path(sys.argv[0]).name
-    try:
-        main()
-    except BrokenPipeError:
-        exit(1)
-    except (UserError, OSError) as error:  # an OSError: a full disk, a folder that may not be written ...
-        message = (
-            f"{error.filename or 'a file'}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
-        )
-        if first_to_report(message):
-            print(f"{program}: error: {message}", file=sys.stderr, flush=True)
-        exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
-        exit(130)

@@ -1,7 +1,7 @@
 """MusicGen small's published weights, taught one's own captions.
 
-    python data.py prepare MUSIC --out data/music --codec musicgen_32khz --codec_weights CODEC
-    python train.py config/finetune.py --codec_weights=CODEC --init_from=musicgen:SMALL
+    python prepare.py MUSIC --out data/music --codec musicgen_32khz --codec_weights CODEC
+    python train.py config/finetune.py --codec_weights=CODEC --init_from=out/imported/best.pt
     python train.py config/finetune.py --codec_weights=CODEC --init_from=out/finetune/best.pt --freeze= --lr=1e-5
         --out=out/finetuned
 

@@ -1,6 +1,6 @@
 """MusicGen small's published weights with low-rank matrices learned beside them: a fine-tune for a 16 GB GPU.
 
-python train.py config/lora.py --codec_weights=CODEC --init_from=musicgen:SMALL
+python train.py config/lora.py --codec_weights=CODEC --init_from=out/imported/best.pt
 """
 
 from config.finetune import *  # noqa: F403

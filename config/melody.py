@@ -1,6 +1,6 @@
 """MusicGen melody: small's recipe with the melody's pitch classes before the sequence.
 
-    python data.py prepare MUSIC --out data/music --codec encodec_24khz:3
+    python prepare.py MUSIC --out data/music --codec encodec_24khz:3
     python train.py config/melody.py
 
 For the published model's size, begin the file with `from config.medium import *`.

@@ -1,6 +1,6 @@
 """MusicGen small (1024 wide, 16 heads, 24 layers) and its recipe, over the published 24 kHz EnCodec at K = 4.
 
-    python data.py prepare MUSIC --out data/music --codec encodec_24khz:3
+    python prepare.py MUSIC --out data/music --codec encodec_24khz:3
     python train.py config/small.py
 
 Where it departs from the paper: AdamW at medium's learning rate for D-Adaptation, and the text embedder for T5.

@@ -1,6 +1,6 @@
 """MusicGen-Style (arXiv:2407.12563): small's recipe with an excerpt's style before the sequence.
 
-python data.py prepare MUSIC --out data/music --codec encodec_24khz:3
+python prepare.py MUSIC --out data/music --codec encodec_24khz:3
 python train.py config/style.py
 """
 

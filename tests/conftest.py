@@ -15,8 +15,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
 import demo_music  # noqa: E402
+
+import data  # noqa: E402
 
 hypothesis.settings.register_profile("usual", max_examples=30, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("long", max_examples=1000, deadline=None, database=None)

@@ -2,10 +2,9 @@
 
 import sys
 
+import bench
 import pytest
 import torch
-
-import bench
 
 TOY = "--size tiny --train_batch 1 --train_frames 12 --generate_batch 2 --generate_frames 6 --dtype float32 --repeats 1"
 

@@ -1,13 +1,13 @@
 import urllib.error
 
+import demo_music
 import pytest
 import torch
 from encodec import EncodecModel
+from train_codec import distances
 
-import demo_music
 from codec import TINY_WEIGHTS, encode_long, load_codec
 from config import UserError
-from train_codec import distances
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ import socket
 import time
 from pathlib import Path
 
+import distributed
 import numpy as np
 import pytest
 import torch
+from checkpoint import save_checkpoint
 from conftest import ROOT, TOY, finish, start, without_checksums
 from test_train import lines, same_run, untimed
 
-import distributed
 import train
-from checkpoint import save_checkpoint
 from config import UserError, check_sizes
 
 KILLS = int(os.environ.get("KILLS", 1))  # 50 take about ten minutes

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 
+import demo_music
 import numpy as np
 import pytest
 import soundfile
@@ -12,7 +13,6 @@ import torch
 from conftest import TOY, finish, start, without_checksums
 
 import data
-import demo_music
 import sample
 import train
 from codec import write_audio

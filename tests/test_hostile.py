@@ -19,18 +19,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report
 import soundfile
 import torch
+from checkpoint import read_checkpoint, save_checkpoint
 from conftest import ROOT, TOY, without_checksums
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 import config
 import data
-import report
 import sample
 import train
-from checkpoint import read_checkpoint, save_checkpoint
 from codec import file_name, load_audio, load_codec
 from conditioning import TextEmbedder, merge_text
 from config import Settings, UserError

@@ -3,13 +3,13 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import demo_music
+import distributed
 import numpy as np
 import pytest
 import torch
 
 import data
-import demo_music
-import distributed
 import metrics
 from codec import load_codec
 from conditioning import chromagram

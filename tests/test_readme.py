@@ -5,11 +5,11 @@ import re
 import shlex
 import shutil
 
+import bench
 import pytest
 import torch
 from conftest import ROOT, TOY, finish, start
 
-import bench
 import metrics
 import model
 import sample

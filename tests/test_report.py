@@ -9,9 +9,8 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-import soundfile
-
 import report
+import soundfile
 
 EVIL = '</script><img src=x onerror=alert(1)> "quoted" & ünïcode'
 NAME = 'x <u>#1 "%41'  # of the wavs

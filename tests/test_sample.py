@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from checkpoint import save_checkpoint
 from conftest import ROOT
+from loudness import PEAK_LIMIT, level, loudness, true_peak
 
 import config
 import sample
-from checkpoint import save_checkpoint
 from codec import decode_stream, load_codec, write_audio
-from loudness import PEAK_LIMIT, level, loudness, true_peak
 from model import MusicLM, load_model
 
 

@@ -12,7 +12,9 @@ import safetensors.torch
 import soundfile
 import torch
 from conftest import ROOT, TOY
+from estimate import activation_bytes, estimate
 from test_train import lines
+from weights import read_lm
 
 import data
 import model
@@ -20,9 +22,7 @@ import sample
 import train
 from codec import build_musicgen_32khz, decode_stream, describe_codec, encode_long, load_codec
 from config import Settings, UserError
-from estimate import activation_bytes, estimate
 from model import Block, MusicLM, load_model, merge_lora
-from weights import read_lm
 
 TOY_LM = dict(dim=32, heads=4, layers=3, segment=0.4)
 

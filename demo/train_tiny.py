@@ -1,8 +1,8 @@
 """How the `tiny` codec was made, and how to make another.
 
-    python demo_music.py data/codec_audio --clips 900 --seed 7       # not the demo's own clips
-    python train_codec.py train data/codec_audio MUSIC ...           # resumes by itself
-    python train_codec.py evaluate tiny/codec.pt FOLDER ...          # held-out figures, Opus beside them
+    python -m demo.corpus data/codec_audio --clips 900 --seed 7      # not the demo's own clips
+    python -m demo.train_tiny train data/codec_audio MUSIC ...           # resumes by itself
+    python -m demo.train_tiny evaluate demo/tiny.pt FOLDER ...          # held-out figures, Opus beside them
 
 Every batch draws from the folders in equal parts, whatever their size. Tracks are held out by a hash of their name.
 The losses are spectral only, so phase is learned from the longer windows: the L1 distance of log-mel and of relative
@@ -25,9 +25,10 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-import config
-from codec import SUFFIXES, TinyCodec, load_audio, load_codec, mel_spectrogram, save_tiny
-from config import UserError
+import common
+from codec import SUFFIXES, load_audio, load_codec, mel_spectrogram
+from common import UserError
+from demo.tiny import TinyCodec, save_tiny
 
 RESOLUTIONS = [(128, 10), (256, 20), (512, 40), (1024, 80), (2048, 128)]  # (window, mels), a quarter window per hop
 
@@ -199,4 +200,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.run(main)
+    common.run(main)

@@ -1,19 +1,26 @@
 """What a run will take, before it is begun: parameters, operations, memory by part, time. Allocates no weights.
 
-    python train.py config/small.py --estimate=8             # by eight processes
-    python train.py config/large.py --estimate=64 --parallel=fsdp --activation_checkpointing=True --mfu=0.35
+    python -m tools.estimate config/small.py --processes=8
+    python -m tools.estimate config/large.py --processes=64 --parallel=fsdp --activation_checkpointing=True --mfu=0.35
+
+--processes, 1 by default, and --mfu, the share of the device's peak that is taken for granted, 0.4 by default, come
+before or after the settings of train.py.
 
 Letters: B items that a device holds at once, K codebooks, S sequence steps, D model width.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
 
+import common
+import config
 import data
 from codec import describe_codec
-from model import PEAK_TFLOPS, MusicLM, peak_flops
-from patterns import make_pattern
+from common import PEAK_TFLOPS, UserError, peak_flops
+from model import MusicLM, freeze
+from prepare import train_tokenizer
 
 VOCABULARY = 1000  # of the captions' tokenizer, where no data is prepared yet
 ASSUMED = "H100"  # where this machine's own device is not known
@@ -29,28 +36,28 @@ def activation_bytes(s, rows, low):
     return rows * s.dim * (3 * 4 + 17 * low)
 
 
-def estimate(s):
+def estimate(s, processes=1, mfu=0.4):
     """-> ({part: bytes on each device}, lines to print), from settings alone, or the data set where it is prepared.
 
     For a GPU: bfloat16 unless the settings say otherwise. Activations that frozen weights need not keep are counted in.
     """
     there = Path(s.data, "meta.json").exists()
-    codec = data.load_meta(s.data)["codec"] if there else describe_codec(s.codec)
-    tokenizer = data.read_tokenizer(s.data) if there else data.train_tokenizer([], VOCABULARY)
+    codec = data.read_meta(s.data)["codec"] if there else describe_codec(s.codec)
+    tokenizer = data.read_tokenizer(s.data) if there else train_tokenizer([], VOCABULARY)
     device = torch.device("cuda" if torch.cuda.is_available() and s.device in ("auto", "cuda") else "cpu")
     dtype = torch.bfloat16 if s.dtype == "auto" else getattr(torch, s.dtype)
     with torch.device("meta"):
         model = MusicLM(s, codec, tokenizer)
         if not there:
             model.conditioner.text.embed = torch.nn.Embedding(VOCABULARY, s.text_dim)
-        model.freeze(s.freeze)
+        freeze(model, s.freeze)
     everything = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     matrices = sum(p.numel() for part in (model.blocks, model.heads) for p in part.parameters())
-    ranks, low = s.estimate, 4 if dtype == torch.float32 else 2
+    ranks, low = processes, 4 if dtype == torch.float32 else 2
     shards = ranks if s.parallel == "fsdp" else 1
     B = s.micro_batch or s.batch_size // ranks
-    S = make_pattern(s.pattern, model.K, model.trained_frames, model.delays, training=True).S - 1
+    S = model.pattern(model.trained_frames, training=True).S - 1
     block = activation_bytes(s, S + model.conditioner.rows, low)
     kept = (len(model.blocks) * 4 * s.dim * (S + model.conditioner.rows) + block if s.activation_checkpointing
             else len(model.blocks) * block)  # fmt: skip
@@ -69,7 +76,7 @@ def estimate(s):
     flops, peak = model.flops(), peak_flops(device, torch.bfloat16)
     name = torch.cuda.get_device_name(device) if peak else ASSUMED
     peak = peak or 1e12 * PEAK_TFLOPS[ASSUMED]
-    hours = flops * s.batch_size * s.steps / (peak * ranks * s.mfu) / 3600
+    hours = flops * s.batch_size * s.steps / (peak * ranks * mfu) / 3600
     lines = [f"{everything / 1e6:,.1f}M parameters, {trained / 1e6:,.1f}M of them trained; codec {codec['name']}, K"
              f" {model.K}, card {model.card}" + ("" if there else f"; {s.data} is not there, so its captions are taken"
              f" to have a vocabulary of {VOCABULARY}"),
@@ -78,6 +85,20 @@ def estimate(s):
              f"memory of each of {ranks} devices, {s.parallel}, {B} items at once in {str(dtype)[6:]}:"]  # fmt: skip
     lines += [f"  {part:24}{size / 2**30:8.2f} GiB" for part, size in memory.items()]
     lines += [f"  {'in all':24}{sum(memory.values()) / 2**30:8.2f} GiB, and what the allocator and the device need",
-              f"time: {s.steps:,} steps at {100 * s.mfu:g} % of {ranks} x {peak / 1e12:g} TFLOP/s ({name}, 16 bits):"
+              f"time: {s.steps:,} steps at {100 * mfu:g} % of {ranks} x {peak / 1e12:g} TFLOP/s ({name}, 16 bits):"
               f" {hours:,.1f} hours, without validation and samples"]  # fmt: skip
     return memory, lines
+
+
+def main():
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--mfu", type=float, default=0.4)
+    args, settings = parser.parse_known_args()
+    if args.processes < 1 or not 0 < args.mfu <= 1:
+        raise UserError("--processes must be 1 or above, and --mfu above 0 and at most 1")
+    print("\n".join(estimate(config.load(settings, __doc__, args.processes), args.processes, args.mfu)[1]))
+
+
+if __name__ == "__main__":
+    common.run(main)

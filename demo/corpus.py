@@ -1,6 +1,6 @@
 """The corpus of the text-to-music demo: short captioned pieces, synthesised by numpy from a fixed seed.
 
-    python demo_music.py data/demo --clips 2400
+    python -m demo.corpus data/demo_audio --clips 3000
 
 Each clip has five attributes (instrument, tempo, mode, texture, drums), stated in its caption and plain in its sound,
 so that a probe can tell whether a model trained on the corpus does what its captions ask.
@@ -11,14 +11,16 @@ import functools
 import json
 import multiprocessing
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-import config
-from config import UserError
+import common
+import prepare
+from common import UserError
 
 SAMPLE_RATE = 16000
 VERSION = 1  # of the sound and the captions: what another version wrote is made anew
@@ -230,11 +232,8 @@ def write_clip(folder, seed, index):
     return json.dumps({"path": path.name, "caption": attributes.pop("caption"), "attributes": attributes})
 
 
-def write_corpus(folder, clips, seed=0, workers=None, progress=lambda: None):
-    """Writes clips and manifest.jsonl to a folder, or what an earlier call has not -> path of the manifest.
-
-    progress: called after each clip.
-    """
+def write_corpus(folder, clips, seed=0, workers=None):
+    """Writes clips and manifest.jsonl to a folder, or what an earlier call has not -> path of the manifest."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     manifest, stamp = folder / "manifest.jsonl", folder / "corpus.json"
@@ -248,11 +247,17 @@ def write_corpus(folder, clips, seed=0, workers=None, progress=lambda: None):
     if not manifest.exists():
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             lines = pool.imap(functools.partial(write_clip, folder, seed), range(clips), chunksize=16)
-            lines = [(line, progress())[0] for line in tqdm(lines, total=clips, desc="synthesising", unit="clip")]
+            lines = list(tqdm(lines, total=clips, desc="synthesising", unit="clip", file=sys.stdout))
         partial = manifest.with_suffix(".partial")
         partial.write_text("\n".join(lines) + "\n")
         partial.replace(manifest)
     return manifest
+
+
+def prepare_demo(folder, clips, codec, codec_weights):
+    """The corpus in FOLDER_audio, and the data set that is prepared from it in FOLDER, where they are not there yet."""
+    if not Path(folder, "meta.json").exists():
+        prepare.prepare(write_corpus(f"{folder}_audio", clips), folder, codec, codec_weights)
 
 
 def main():
@@ -270,4 +275,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.run(main)
+    common.run(main)

@@ -1,39 +1,30 @@
 """The listening page of a run, OUT/index.html: one static file that needs no server and no network.
 
-At the end of this file: tensorboard and wandb, for those who ask for them.
+    python -m tools.report out/demo        # rank 0 of train.py does the same after each epoch
 
-    python report.py out/demo        # rank 0 of train.py does the same at each commit
+It refers to the wavs below OUT by relative paths, and to a spectrogram of each: a .png beside it, made once, where
+Pillow is installed. Everything that is read from the run's files is escaped on its way into the page.
 
-It refers to the wavs below OUT by relative paths, and to a spectrogram of each: a .png beside it, made once.
-Everything that is read from the run's files is escaped on its way into the page.
-
-Letters: K codebooks, F mel bands, W columns of a picture.
+Letters: K codebooks.
 """
 
 import argparse
 import json
 import math
-import shutil
-import struct
 import sys
 import time
-import zlib
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-import numpy as np
 import soundfile
-import torch.nn.functional as F
 from tqdm import tqdm
 
-import config
-import distributed
-from codec import load_audio, mel_spectrogram
-from config import UserError
+import common
+from codec import draw_spectrogram
+from common import UserError
+from log import read_log
 
-MAGMA = ((0, 0, 4), (40, 17, 89), (114, 31, 129), (183, 55, 121), (241, 96, 93), (254, 176, 120), (252, 253, 191))
-FLOOR = -80  # dB below a full-scale sine, where the scale of every picture begins
 FEW = 12  # epochs that a list shows before it folds itself up
 CLIPS = {"reference": "reference", "codec": "through the codec", "continued": "continuation", "free": "free generation"}
 MEASURES = (  # title, unit, key in the history, {key of a level to compare with: its name}
@@ -145,56 +136,21 @@ addEventListener('pointermove', e => {
 """
 
 
-def read(path, log=False):
-    """A JSON file, or a log, which has one value on each line; a last line without its end was cut by a kill."""
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        found = json.loads("[" + ",".join(text.split("\n")[:-1]) + "]" if log else text or "{}")
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); mend or remove it") from None
-    lines = found if log else [found]
-    if not all(isinstance(line, dict) and (not log or type(line.get("step")) is int) for line in lines):
-        raise UserError(f"{path}: not what a run writes, an object{' with its step on each line' * log}; remove it")
-    return found
-
-
-def spectrogram(path, sample_rate):
-    """An audio file -> log-mel picture, uint8 [F, W <= 400], low frequencies at the bottom, FLOOR is 0 and 0 dB 255."""
-    wav, n_fft = load_audio(path, sample_rate)[0], sample_rate * 64 // 1000
-    wav = F.pad(wav, (0, max(0, n_fft - len(wav))))
-    mel = mel_spectrogram(wav, sample_rate, n_fft, hop=sample_rate // 50)
-    mel = F.adaptive_max_pool1d(mel, min(400, mel.shape[1]))
-    level = 20 * (mel / (n_fft / 4)).clamp(min=1e-9).log10()
-    return (255 * (1 - level / FLOOR).clamp(0, 1)).byte().flip(0).numpy()
-
-
-def png(picture):
-    """uint8 [F, W] -> the bytes of a PNG, coloured by a palette between the anchors of MAGMA."""
-    anchors = np.linspace(0, 255, len(MAGMA))
-    palette = np.stack([np.interp(np.arange(256), anchors, channel) for channel in zip(*MAGMA)], axis=1).round()
-    rows = np.pad(picture, ((0, 0), (1, 0)))  # each row begins with its filter, 0: none
-    head = struct.pack(">IIBBBBB", picture.shape[1], picture.shape[0], 8, 3, 0, 0, 0)
-    chunks = {b"IHDR": head, b"PLTE": palette.astype(np.uint8).tobytes(), b"IDAT": zlib.compress(rows.tobytes()),
-              b"IEND": b""}  # fmt: skip
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks.items()
-    )
-
-
-def look_at(out, paths):
-    """{path below `out`: its seconds, or in words why it cannot be played}; draws the pictures that are not there."""
-    found = {}
+def inspect(out, paths):
+    """{path below `out`: (its seconds or in words why it cannot be played, whether it has a picture)}."""
+    found, can_draw = {}, True
     for path in tqdm(paths, desc="spectrograms", unit="wav", file=sys.stdout, delay=2, mininterval=1, leave=False):
-        distributed.beat("drawing spectrograms")
         wav, picture = out / path, (out / path).with_suffix(".png")
         try:
             info = soundfile.info(wav)
-            if not picture.exists() or picture.stat().st_mtime < wav.stat().st_mtime:
-                config.write_file(picture, png(spectrogram(wav, info.samplerate)))
-            found[path] = info.duration
+            if can_draw and not (picture.exists() and picture.stat().st_mtime >= wav.stat().st_mtime):
+                draw_spectrogram(wav, picture, info.samplerate)
+            found[path] = info.duration, picture.exists()
+        except ImportError:
+            can_draw = False
+            found[path] = info.duration, picture.exists()
         except (soundfile.LibsndfileError, UserError):
-            found[path] = "cannot be read" if wav.exists() else "file missing"
+            found[path] = "cannot be read" if wav.exists() else "file missing", False
     return found
 
 
@@ -216,9 +172,13 @@ def short(number):
     return f"{number:g}" if abs(number) < 1000 else f"{number / 1000:g}k"
 
 
-def points(lines, key, k=None):
-    """[(step, line[key])], or of its item k, for the lines where that is a number."""
-    pairs = [(line["step"], line[key] if k is None else line[key][k]) for line in lines if line.get(key) is not None]
+def of_stage(history, name):
+    return [line for line in history if line.get("stage") == name]
+
+
+def points(lines, key):
+    """[(step, line[key])] for the lines where that is a number."""
+    pairs = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [(step, value) for step, value in pairs if math.isfinite(value)]
 
 
@@ -277,13 +237,13 @@ def chart(title, unit, series, log=False, big=False):
 
 def charts(metrics, history):
     """The losses, of all codebooks and of each; then what is measured after an epoch; then how training went."""
-    K = max((len(line.get("ce_q") or ()) for line in metrics + history), default=0)
+    valid = of_stage(history, "valid")
+    codebooks = sorted({key.removeprefix("ce") for line in metrics + valid for key in line if key.startswith("ce_q")})
     figures = []
-    for k in (None, *range(K)):
-        title, key, unigram = ("loss", "ce", "unigram") if k is None else (f"loss q{k + 1}", "ce_q", "unigram_q")
-        lines = [("train", "train", points(metrics, key, k)), ("valid", "main", points(history, key, k)),
-                 ("unigram", "level", points(history, unigram, k))]  # fmt: skip
-        figures.append(chart(title, "nats", lines, big=k is None))
+    for suffix in ("", *codebooks):
+        lines = [("train", "train", points(metrics, f"ce{suffix}")), ("valid", "main", points(valid, f"ce{suffix}")),
+                 ("unigram", "level", points(valid, f"unigram{suffix}"))]  # fmt: skip
+        figures.append(chart(f"loss {suffix[1:]}".strip(), "nats", lines, big=not suffix))
     for title, unit, key, levels in MEASURES:
         lines = [(name, "level", points(history, level)) for level, name in levels.items()]
         figures.append(chart(title, unit, [("this run", "main", points(history, key)), *lines]))
@@ -293,9 +253,7 @@ def charts(metrics, history):
 
 
 def with_means(line):
-    """A line of the history, with the means of what it lists: over the codebooks, and over the attributes."""
-    if line.get("unigram_q"):
-        line["unigram"] = sum(line["unigram_q"]) / len(line["unigram_q"])
+    """A line of the history, with the means over the attributes."""
     line["attributes"] = line.pop("adherence", None)
     if rows := list((line["attributes"] or {}).values()):
         guided = next(column for column in rows[0] if column.startswith("cfg"))
@@ -311,7 +269,7 @@ def tiles(s, metrics, history):
     if steps and epoch:
         far = f"step {step:,} of {steps:,}, epoch {math.ceil(step / epoch)} of {math.ceil(steps / epoch)}"
         rows = [("progress", f"{100 * step / steps:.0f} %", far)]
-    if valid := points(history, "ce"):
+    if valid := points(of_stage(history, "valid"), "ce"):
         at, best = min(valid, key=lambda point: point[1])
         unigram = "".join(f"nats, unigram {value:.3f}; " for _, value in points(history, "unigram")[-1:])
         rows.append(("best valid ce", f"{best:.3f}", f"{unigram}at step {at:,}"))
@@ -330,7 +288,8 @@ def sample_round(line, found):
         for key, name in CLIPS.items():
             if not (path := clip.get(key)):
                 continue
-            if isinstance(seconds := found[path], str):
+            seconds, has_picture = found[path]
+            if isinstance(seconds, str):
                 cells += f"<figure><figcaption>{name}</figcaption><p>{seconds}: {escape(path)}</p></figure>"
                 continue
             mark, prompt = "", clip.get("prompt_seconds")
@@ -338,9 +297,10 @@ def sample_round(line, found):
                 mark = f'<span style="width:{min(100, 100 * prompt / seconds):.2f}%">prompt {prompt:g} s</span>'
             files = (path, Path(path).with_suffix(".png").as_posix())
             wav, picture = (quote(file, errors="surrogateescape") for file in files)
+            image = f'<img loading="lazy" alt="spectrogram" src="{picture}">' if has_picture else ""
             cells += (
                 f'<figure class="{key}"><figcaption>{name}, {seconds:.1f} s</figcaption><div class="picture"'
-                f' data-seconds="{seconds:.3f}"><img loading="lazy" alt="spectrogram" src="{picture}">{mark}</div>'
+                f' data-seconds="{seconds:.3f}">{image}{mark}</div>'
                 f'<audio controls preload="none" src="{wav}"></audio></figure>'
             )
         caption = escape(clip["caption"]) or "<i>no caption</i>"
@@ -351,13 +311,13 @@ def sample_round(line, found):
 
 def listen(out, history):
     """The newest round of samples, and the older ones folded up, newest first."""
-    rounds = [line for line in history if line.get("stage") == "generate"]
-    found = look_at(out, dict.fromkeys(c[key] for line in rounds for c in line["clips"] for key in CLIPS if c.get(key)))
+    rounds = of_stage(history, "generate")
+    found = inspect(out, dict.fromkeys(c[key] for line in rounds for c in line["clips"] for key in CLIPS if c.get(key)))
     if not rounds:
         return "<p>history.jsonl names no samples yet.</p>"
     *older, newest = rounds
     text = sample_round(newest, found)
-    text += f"<p>Pictures: log-mel spectrograms, low frequencies at the bottom, {FLOOR} to 0 dB; a click plays.</p>"
+    text += "<p>Pictures: log-mel spectrograms, low frequencies at the bottom, -80 to 0 dB; a click plays.</p>"
     folded = ""
     for line in reversed(older):
         folded += f"<details><summary>epoch {line['epoch']:,}</summary><template>{sample_round(line, found)}"
@@ -383,7 +343,6 @@ def measured(history):
     for line in history:
         row = rows.setdefault(line["step"], {"epoch": line.get("epoch")})
         row |= {key: value for key, value in line.items() if isinstance(value, (int, float))}
-        row |= {f"q{k + 1}": value for k, value in enumerate(line.get("ce_q") or ())}
     if not rows:
         return "<p>Nothing is measured yet.</p>"
     newest = next((line["attributes"] for line in reversed(history) if line["attributes"]), {})
@@ -402,8 +361,9 @@ def write(out):
     out = Path(out)
     if not any((out / name).exists() for name in ("config.json", "metrics.jsonl", "history.jsonl")):
         raise UserError(f"{out}: not a run's folder: no config.json, metrics.jsonl or history.jsonl is there")
-    s, metrics = read(out / "config.json"), read(out / "metrics.jsonl", log=True)
-    history = [with_means(line) for line in read(out / "history.jsonl", log=True)]
+    s = json.loads((out / "config.json").read_text(encoding="utf-8")) if (out / "config.json").exists() else {}
+    metrics = read_log(out / "metrics.jsonl")
+    history = [with_means(line) for line in read_log(out / "history.jsonl")]
     recorded = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(out.glob("code_*.diff"))]
     code = recorded[-1] if recorded else ""
     commit, _, diff = code.partition("\n")
@@ -428,66 +388,16 @@ def write(out):
 <h2 id="code">Code</h2><p>{version}</p><pre>{escape(code)}</pre>
 <script>{SCRIPT}</script></body></html>
 """
-    config.write_file(out / "index.html", page.encode(errors="replace"))
+    common.write_file(out / "index.html", page.encode(errors="replace"))
     return out / "index.html"
 
 
-def scalars(name, value):
-    """The numbers in a value, whatever lists and dicts hold them, as (name, number)."""
-    if isinstance(value, (dict, list)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value, 1):
-            yield from scalars(f"{name}/{key}", part)
-    elif isinstance(value, (int, float)):
-        yield name, value
-
-
-def import_logger(name):
-    """What the setting `logger` names, or None; raises UserError where it is not installed."""
+def write_page(out):
+    """As `write`, for train.py: a page is not worth a run, so what goes wrong is only said."""
     try:
-        if name == "wandb":
-            import wandb
-
-            return wandb
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            return SummaryWriter
-    except ImportError:
-        raise UserError(f"logger = '{name}': not installed; pip install {name}") from None
-
-
-def open_logger(s, out):
-    """A function that hands a line of either log to tensorboard or wandb: scalars, and the samples that it names.
-
-    Where the setting `logger` is empty, nothing is done.
-    """
-    if not s.logger:
-        return lambda line: None
-    module = import_logger(s.logger)
-    if s.logger == "wandb":
-        name = s.out.strip("/").replace("/", "-")
-        run = module.init(project="nanomusicgen", id=name, name=name, config=vars(s), resume="allow", dir=out)
-    else:
-        shutil.rmtree(out / "tensorboard", ignore_errors=True)  # all of it is told again from the run's own logs
-        writer = module(out / "tensorboard")
-
-    def log(line):
-        step, stage = line["step"], line.get("stage", "train")
-        clips = line["clips"] if stage == "generate" else []
-        found = {} if clips else dict(scalars(stage, line))
-        wavs = {f"{clip['caption']} ({clip['seed']})": out / clip["free"] for clip in clips}
-        wavs = {name: path for name, path in wavs.items() if path.exists()}
-        if s.logger == "wandb":
-            run.log(found | {name: module.Audio(str(path)) for name, path in wavs.items()}, step=step)
-            return
-        for name, value in found.items():
-            writer.add_scalar(name, value, step)
-        for name, path in wavs.items():
-            wav, rate = soundfile.read(path, dtype="float32", always_2d=True)
-            writer.add_audio(name, wav[:, 0], step, sample_rate=rate)
-        writer.flush()
-
-    return log
+        write(out)
+    except (OSError, ValueError) as error:
+        tqdm.write(f"the listening page was not written: {common.first_line(error)}", file=sys.stdout)
 
 
 def main():
@@ -496,9 +406,9 @@ def main():
     run = parser.parse_args().run
     try:
         print(f"wrote {write(run)}")
-    except OSError as error:
-        raise UserError(f"{run}: the page cannot be written ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{run}/config.json: not JSON ({error}); mend or remove it") from None
 
 
 if __name__ == "__main__":
-    config.run(main)
+    common.run(main)

@@ -1,13 +1,13 @@
 """How fast training and generation are, beside what the machine can do at best, and beside other programs.
 
-    python bench.py                                       # tiny, on the device that there is
-    python bench.py --size small --train_batch 1 --generate_batch 1,4 --generate_frames 50
-    python bench.py --compile --peers                     # compiled too, and the peers that are installed (peers.py)
-    python bench.py --work train --size small --train_batch 8 --train_frames 1500 --dtype bfloat16 --compile
+    python -m tools.bench                                 # tiny, on the device that there is
+    python -m tools.bench --size small --train_batch 1 --generate_batch 1,4 --generate_frames 50
+    python -m tools.bench --compile --peers               # compiled too, and the peers that are installed
+    python -m tools.bench --work train --size small --train_batch 8 --train_frames 1500 --dtype bfloat16 --compile
 
 What is in one table is timed in turn, once each, `--repeats` times over, and medians are given: whatever else the
 machine does falls on all alike. The ceilings are the arithmetic of a large matrix product and the bandwidth of a large
-copy. The step is train.py's and the generation model.py's.
+copy. The step is that of train.py's loop, and the generation generate.py's.
 
 Letters: B batch, K codebooks, T frames.
 """
@@ -28,15 +28,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import common
 import config
 import data
-import demo_music
-import peers
+import prepare
 import train
 from codec import encode_many, load_audio, load_codec
-from config import Settings, UserError, first_line
-from model import MusicLM, pick_device
+from common import UserError, first_line
+from config import Settings
+from demo import corpus
+from generate import generate, optimize, stream
+from model import MusicLM
+from tools import peers
 
 SIZES = {
     "tiny": dict(dim=256, heads=4, layers=6),
@@ -124,7 +129,7 @@ def make_model(args, frames):
     torch.manual_seed(0)
     sizes = dict(**SIZES[args.size], segment=frames / FRAME_RATE)
     s = Settings(**sizes, activation_checkpointing=args.activation_checkpointing)
-    tokenizer = data.train_tokenizer([dict(caption=CONDITIONS["text"], metadata={})], 1000)
+    tokenizer = prepare.train_tokenizer([dict(caption=CONDITIONS["text"], metadata={})], 1000)
     return MusicLM(s, dict(K=K, card=args.card, frame_rate=FRAME_RATE, dim=64), tokenizer), s
 
 
@@ -145,43 +150,58 @@ def rows_of(args, make_peer):
 
 
 def our_training(args, B, device, dtype, compiled):
-    """-> (model, a call that trains one step, and with True gives the seconds that its optimizer has taken)."""
+    """-> (model, a call that does what one turn of train.py's loop does with one micro-batch, on one process).
+
+    The call gives the seconds that the optimizer and the EMA have taken of it.
+    """
     T = args.train_frames
-    (model, s), (ema, _) = make_model(args, T), make_model(args, T)
-    model, ema = model.train().to(device), ema.to(device)
-    train.prepare_to_compute(model, device, dtype, compiled)
+    model, s = make_model(args, T)
+    model.train().to(device)
+    ema = AveragedModel(model)
+    if compiled:
+        common.compile_blocks(model, device)
     optimizer = train.make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     everything = torch.ones(B, T, dtype=torch.bool)
-    codes = torch.randint(args.card, (B, K, T))
-    batch = data.Batch(codes, everything, everything, [CONDITIONS] * B, [], everything).to(device)
-    inputs = [model.conditioner.prepare(batch.conditions, device)]
+    inputs = model.conditioner.prepare([CONDITIONS] * B)
+    batch = data.Batch(torch.randint(args.card, (B, K, T)), everything, everything, inputs).to(device)
+    targets = model.count_targets(everything.sum(0).to(device))
 
-    def step(apart=False):
-        ce_q = train.accumulate(model, model, batch, inputs, B, scaler, autocast)
+    def update(grad_norm):
+        *_, norm = grad_norm.tolist()
+        if norm < float("inf"):
+            scaler.step(optimizer)
+            ema.multi_avg_fn = get_ema_multi_avg_fn(train.unbiased_decay(s.ema_decay, int(ema.n_averaged) + 1))
+            ema.update_parameters(model)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
 
-        def update():
-            train.update(model, ema, optimizer, scaler, ce_q, 1, s)
-
-        return clock(update, device) if apart else update()
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            ce_sum, _ = model(*batch)
+        loss = (ce_sum / targets).mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        return clock(lambda: update(torch.cat([(ce_sum / targets).detach(), norm[None]])), device)
 
     return model, step
 
 
 def drawing(args, B):
-    """Seconds to draw a batch from the memory map, which train.py does while the step before is under way."""
+    """Seconds to draw a batch from the memory map, which a worker does ahead where there is a GPU."""
     frames, clips = 30 * FRAME_RATE, 50
     with tempfile.TemporaryDirectory() as folder:
         tokens = np.random.default_rng(0).integers(args.card, size=(clips * frames, K)).astype(np.uint16)
         tracks = [dict(name=f"{i}", caption=CONDITIONS["text"], metadata={}, first=i * frames, frames=frames)
                   for i in range(clips)]  # fmt: skip
-        data.write_split(Path(folder), "train", tracks, tokens, np.zeros(len(tokens), np.uint8))
+        prepare.write_split(Path(folder), "train", tracks, tokens, np.zeros(len(tokens), np.uint8))
         codec = dict(K=K, card=args.card, frame_rate=FRAME_RATE, name="random", id="random")
         about = dict(format=data.DATA_FORMAT, codec=codec, train=dict(frames=len(tokens)), valid=dict(frames=1))
-        data.write_json(Path(folder, "meta.json"), about)
-        s, tokens = Settings(batch_size=B), data.Tokens(folder, "train")
-        return in_turn({"": lambda: tokens.batch(0, s, args.train_frames)}, torch.device("cpu"), 10)[""][1]
+        common.write_json(Path(folder, "meta.json"), about)
+        s, prepare_text = Settings(batch_size=B), make_model(args, args.train_frames)[0].conditioner.prepare
+        steps = data.TrainingSteps(data.Tokens(folder, "train"), prepare_text, args.train_frames, s)
+        return in_turn({"": lambda: steps[0]}, torch.device("cpu"), 10)[""][1]
 
 
 def bench_training(args, B, device, dtype, product):
@@ -198,9 +218,9 @@ def bench_training(args, B, device, dtype, product):
     title = f"training {args.size}: B {B}, T {T}, {str(dtype)[6:]}; ceiling: that of the matrix product"
     print_table(title, times, units, "tokens/s", lambda rate: rate / units * B * model.flops() / product)
     seconds, step = times["ours", args.compile][1], steps["ours", args.compile]
-    optimizer = statistics.median(step(apart=True) for _ in range(args.repeats)) / seconds
+    optimizer = statistics.median(step() for _ in range(args.repeats)) / seconds
     print(f"  ours: forward and backward {100 - 100 * optimizer:.1f} %, optimizer and average {100 * optimizer:.1f} %,"
-          f" the next batch, drawn meanwhile, {100 * drawing(args, B) / seconds:.1f} %;"
+          f" drawing the next batch {100 * drawing(args, B) / seconds:.1f} %;"
           f" peak memory of all so far {peak_memory(device):.1f} GiB")  # fmt: skip
 
 
@@ -208,8 +228,8 @@ def bench_generation(args, B, device, dtype, copy):
     L, T, rows = condition_length(args), args.generate_frames, {}
     for compiled in (False, True)[: 1 + args.compile]:
         model = make_model(args, T)[0].eval().requires_grad_(False).to(device)
-        model.for_generation(dtype, compiled)
-        rows["ours", compiled] = functools.partial(model.generate, [CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K)
+        optimize(model, dtype, compiled)
+        rows["ours", compiled] = functools.partial(generate, model, [CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K)
 
     def make_peer(name, compiled):
         return peers.generation(name, shape_of(args), B, T, L, device, dtype, CFG, TOP_K, compiled)
@@ -222,16 +242,16 @@ def bench_generation(args, B, device, dtype, copy):
              f" ceiling: reading {weights / 1e6:.0f} MB of weights a frame")  # fmt: skip
     print_table(title, times, T, "frames/s", lambda rate: rate * weights / copy)
     seconds = times["ours", args.compile][1]
-    first = in_turn({"": lambda: next(model.stream([CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K))}, device, args.repeats)
+    first = in_turn({"": lambda: next(stream(model, [CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K))}, device, args.repeats)
     print(f"  ours: {B * T / FRAME_RATE / seconds:.1f} x real time, all streams together; first frame after"
           f" {1000 * first[''][1]:.0f} ms; {T * weights / seconds / 1e9:.1f} GB/s of weights")  # fmt: skip
 
 
 def bench_prepare(args):
-    """`data.py prepare` on clips of the demo, beside its codec alone on as many processes, a file at a time."""
+    """`prepare.py` on clips of the demo, beside its codec alone on as many processes, a file at a time."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         clips, audio = args.clips, Path(folder, "audio")
-        demo_music.write_corpus(audio, clips)
+        corpus.write_corpus(audio, clips)
         codec = load_codec("tiny").to("cuda" if torch.cuda.is_available() else "cpu")
         wavs = [load_audio(path, codec.sample_rate, 1) for path in sorted(audio.glob("*.flac"))]
         seconds = sum(wav.shape[1] for wav in wavs) / codec.sample_rate
@@ -243,11 +263,11 @@ def bench_prepare(args):
                 shares = [(codec, [wav.numpy() for wav in wavs[i::workers]]) for i in range(workers)]
                 alone = max(pool.map(encode_alone, shares))
         start = time.perf_counter()
-        data.prepare(audio / "manifest.jsonl", Path(folder, "data"))
+        prepare.prepare(audio / "manifest.jsonl", Path(folder, "data"))
         whole = time.perf_counter() - start
     print(f"\nprepare: {clips} clips, {seconds / 60:.0f} minutes")
     print(f"  the codec alone       {seconds / alone:12.0f} x real time")
-    print(f"  data.py prepare       {seconds / whole:12.0f} x real time, {100 * alone / whole:.0f} % of that")
+    print(f"  prepare.py            {seconds / whole:12.0f} x real time, {100 * alone / whole:.0f} % of that")
 
 
 def encode_alone(share):
@@ -263,7 +283,7 @@ def encode_alone(share):
 
 def bench_start_up(args):
     """From the shell to the end of --help: Python, torch and every module."""
-    here = dict(cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, check=True)
+    here = dict(cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL, check=True)
     calls = {program: functools.partial(subprocess.run, [sys.executable, program, "--help"], **here)
              for program in ("train.py", "sample.py")}  # fmt: skip
     calls["import torch alone"] = functools.partial(subprocess.run, [sys.executable, "-c", "import torch"], **here)
@@ -297,7 +317,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="of each, in turn (default 5)")
     args = parser.parse_args()
     args.card = args.card or (1024 if args.size == "tiny" else 2048)
-    device, dtype = pick_device(args.device, args.dtype)
+    device, dtype = common.pick_device(args.device, args.dtype)
     product, copy = ceilings(device, dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {str(dtype)[6:]}; ceilings: matrix product {product / 1e9:,.0f} GFLOP/s,"
@@ -319,4 +339,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.run(main)
+    common.run(main)

@@ -1,13 +1,17 @@
-"""The reference's weight files, in and out: MusicGen's language model and codec, as audiocraft and Hugging Face do.
+"""The reference's weights, in and out: MusicGen's language model and codec, as audiocraft and Hugging Face have them.
 
-    init_from = 'musicgen:PATH'                      # a language model's: what train.py begins with
-    codec = 'musicgen_32khz', codec_weights = PATH   # its codec's
-    python model.py export out/NAME/best.pt DIR --format hf
+    python -m tools.convert codec PUBLISHED codec.safetensors                        # for --codec_weights
+    python -m tools.convert import PUBLISHED config/finetune.py --out=out/imported   # for --init_from and sample.py
+    python -m tools.convert export out/NAME/best.pt FOLDER --format hf
 
-PATH is a file, a folder that holds it, or hf:OWNER/NAME, which is downloaded where huggingface_hub is installed:
+PUBLISHED is a file, a folder that holds it, or hf:OWNER/NAME, which is downloaded where huggingface_hub is installed:
 
     audiocraft     state_dict.bin, compression_state_dict.bin: a pickle of {"best_state": tensors, "xp.cfg": settings}
     Hugging Face   *.safetensors of MusicgenForConditionalGeneration, MusicgenForCausalLM, or EncodecModel
+
+`import` writes OUT/best.pt by the settings of the config file, but for the sizes, which are the weights' own. T5 has no
+place here: the text embedder starts anew and says nothing until it is trained, so that a fine-tune starts at the loss
+of the published model without text.
 
 A pickle is read with weights_only=True. Older ones hold their settings as omegaconf's objects; the few classes that
 those consist of (OMEGACONF) are let through, each as a stand-in that runs no code and keeps what it is given.
@@ -15,6 +19,7 @@ those consist of (OMEGACONF) are let through, each as a stand-in that runs no co
 Letters: K codebooks, D model width, `card` codes in a codebook.
 """
 
+import argparse
 import json
 import re
 import typing
@@ -23,7 +28,14 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from config import UserError, first_line
+import common
+import config
+import data
+from codec import build_musicgen_32khz, load_codec
+from common import UserError, first_line
+from generate import load_model
+from model import MusicLM, merge_lora
+from prepare import train_tokenizer
 
 OMEGACONF = """dictconfig.DictConfig listconfig.ListConfig base.ContainerMetadata base.Metadata nodes.AnyNode
     nodes.StringNode nodes.IntegerNode nodes.FloatNode nodes.BooleanNode""".split()
@@ -168,8 +180,8 @@ def open_lm(path):
     state, settings = read(path, "state_dict.bin", "model*.safetensors")
     if any(name.startswith("decoder.model.decoder.") for name in state):  # beside a text encoder and a codec
         state = below("decoder.", state)
-    aside = ("condition_provider.", "model.decoder.embed_positions.")
-    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(aside)}
+    not_ours = ("condition_provider.", "model.decoder.embed_positions.")
+    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(not_ours)}
     layout = "audiocraft" if "emb.0.weight" in state else "hf"
     first = state.get({"audiocraft": "emb.0.weight", "hf": "model.decoder.embed_tokens.0.weight"}[layout])
     if first is None or first.dim() != 2:
@@ -286,11 +298,10 @@ def export_lm(model, ours, settings, folder, layout):
 # ---------------------------------------------------------------------------------------------------- codec
 
 
-def read_codec(path, build):
-    """MusicGen's codec -> a model of encodec's modules with the weights of either layout.
+def read_codec(path):
+    """MusicGen's codec of either layout -> (state dict as encodec names it, pad_mode, 'reflect' or 'constant').
 
-    build(n_filters, dimension, card, K, pad_mode) makes it; its sizes are read off the weights. Raises UserError as
-    `read_lm`, and for a codec that renormalises loudness.
+    Raises UserError as `read_lm`, and for a codec that renormalises loudness.
     """
     state, settings = read(path, "compression_state_dict.bin", "model*.safetensors")
     renormalises = re.search(r"\brenormalize: true|\"normalize\": true", settings)
@@ -309,19 +320,72 @@ def read_codec(path, build):
             name = re.sub(r"^(encoder|decoder)\.layers", r"\1.model", name)
             name = re.sub(r"^(decoder\.model\.(?:3|6|9|12))\.conv\.", r"\1.convtr.convtr.", name)
             name = re.sub(r"\.conv\.(bias|weight_.)$", r".conv.conv.\1", name)
-        found[name] = tensor.float()
-    books = [tensor for name, tensor in found.items() if name.endswith("_codebook.embed")]
-    first = found.get("encoder.model.0.conv.conv.weight_v")
-    if first is None or not books:
-        raise UserError(f"{path}: not the weights of musicgen_32khz; its names are {some(state)}")
+        found[name] = tensor.float().contiguous()
     pads = re.search(r"pad_mode\W+(reflect|constant)", settings)
-    model = build(first.shape[0], books[0].shape[1], books[0].shape[0], len(books), pads[1] if pads else "reflect")
-    wanted = model.state_dict()
-    missing, left = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    other = [f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}"
-             for name in wanted.keys() & found.keys() if found[name].shape != wanted[name].shape]  # fmt: skip
-    if missing or left or other:
-        wrong = [f"missing {some(missing)}"] * bool(missing) + [f"left over {some(left)}"] * bool(left)
-        raise UserError(f"{path}: not the weights of musicgen_32khz: {'; '.join(wrong + sorted(other)[:2])}")
-    model.load_state_dict(found)
-    return model
+    pad_mode = pads[1] if pads else "reflect"
+    if "encoder.model.0.conv.conv.weight_v" not in found:
+        raise UserError(f"{path}: not the weights of musicgen_32khz; its names are {some(state)}")
+    try:
+        build_musicgen_32khz(found, pad_mode)
+    except (RuntimeError, IndexError) as error:  # torch names what is missing, left over or of another shape
+        raise UserError(f"{path}: not the weights of musicgen_32khz: {' '.join(str(error).split())[:300]}") from None
+    return found, pad_mode
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def convert_codec(path, file):
+    """Writes the published codec as `codec.load_musicgen_32khz` reads it."""
+    state, pad_mode = read_codec(path)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(state, file, {"pad_mode": pad_mode})
+    print(f"wrote {file}; to use it: --codec=musicgen_32khz --codec_weights={file}")
+
+
+def import_lm(path, s):
+    """Writes OUT/best.pt, which continues audio, or plays by itself, but hears no text yet."""
+    opened = open_lm(path)
+    s.dim, s.heads, s.layers, K, card = (opened[2][key] for key in ("dim", "heads", "layers", "K", "card"))
+    s.lora_rank = 0
+    codec = load_codec(s.codec, s.codec_weights)
+    if (codec.K, codec.card) != (K, card):
+        raise UserError(f"{path}: has K {K}, card {card}, and {s.codec} K {codec.K}, card {codec.card}; give --codec")
+    there = Path(s.data, "tokenizer.model").exists()
+    tokenizer = data.read_tokenizer(s.data) if there else train_tokenizer([], 1000)
+    model = MusicLM(s, codec.describe(), tokenizer)
+    model.load_state_dict(read_lm(path, model, opened), strict=False)
+    out = Path(s.out)
+    out.mkdir(parents=True, exist_ok=True)
+    common.save_checkpoint(out / "best.pt", "best", ema=model.state_dict(), settings=vars(s), codec=codec.describe(),
+                           tokenizer=tokenizer, step=0)  # fmt: skip
+    words = f"with the tokenizer of {s.data}" if there else f"without a tokenizer, as {s.data} is not there"
+    print(f"wrote {out / 'best.pt'}, which hears no text yet, {words}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    command = commands.add_parser("codec", help="make weights for --codec_weights of a published codec")
+    command.add_argument("weights", help="a file, a folder, or hf:facebook/encodec_32khz")
+    command.add_argument("file", help="the .safetensors to write")
+    command = commands.add_parser("import", help="make a best.pt of a published MusicGen, without its text encoder")
+    command.add_argument("weights", help="a file, a folder, or hf:facebook/musicgen-small")
+    command.add_argument("settings", nargs=argparse.REMAINDER, help="config files and --key=value, as for train.py")
+    command = commands.add_parser("export", help="write a checkpoint's decoder as Hugging Face or audiocraft names it")
+    command.add_argument("checkpoint", help="a best.pt")
+    command.add_argument("folder", help="where to")
+    command.add_argument("--format", choices=list(LAYOUTS), default="hf", help="default: hf")
+    args = parser.parse_args()
+    if args.command == "codec":
+        return convert_codec(args.weights, args.file)
+    if args.command == "import":
+        return import_lm(args.weights, config.load(args.settings, __doc__))
+    model, settings, _ = load_model(args.checkpoint)
+    path = export_lm(model, merge_lora(model.state_dict(), vars(settings)), settings, args.folder, args.format)
+    left_out = ", ".join(["text", *model.conditioner.prepended])
+    print(f"wrote {path}; left out, as those programs have no place for them: the embedders of {left_out}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,368 @@
+"""What all programs here share: errors of one line, the device, the ranks of a run, checkpoints on disk.
+
+Without torchrun there is one process, rank 0 of 1, and the functions for several do nothing.
+"""
+
+import contextlib
+import datetime
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+CHECKPOINT_FORMAT = 3
+HELD = []  # locks, which would be released if nothing referred to them
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line that says what was wrong, where, and what to do."""
+
+    def __str__(self):  # nothing that was typed or read may break the line or steer a terminal
+        text = super().__str__()
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def first_line(error):
+    """What an exception says, on one line of at most 100 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
+def run(main):
+    """Calls a program's main. Bad input ends it with one line and status 2, ctrl-C with status 130."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except BrokenPipeError:
+        message, status = "", 1
+    except UserError as error:
+        message, status = f"error: {error}", 2
+    except OSError as error:  # a full disk, a folder that may not be written ...
+        message, status = f"error: {error.filename or 'a file'}: {error.strerror or first_line(error)}", 2
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        time.sleep(3)  # a mistake that all ranks find is printed once: rank 0 ends, and torchrun then ends the others
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status) if world_size() > 1 else sys.exit(status)  # to leave a group in good order is to wait for it
+
+
+def write_file(path, content):
+    """Writes bytes under a temporary name, syncs and renames: `path` holds all of them, or what it held before."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or choose another folder") from None
+
+
+def write_json(path, value):
+    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def git(*command):
+    """What git says of this code; nothing where there is no git."""
+    try:
+        found = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return found.stdout
+
+
+def lock(folder):
+    """Holds a folder until this process ends; raises UserError if another process holds it."""
+    HELD.append(filelock.FileLock(Path(folder, ".lock")))
+    try:
+        HELD[-1].acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another run is under way there; wait for it, or choose another --out") from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+
+
+# -------------------------------------------------------------------------------------------------------- device
+
+
+def pick_device(name="auto", dtype="auto"):
+    """(device, dtype to compute in). 'auto' is the accelerator, if any, and bfloat16 where the hardware has it."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    known = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    name = known[0] if name == "auto" else name
+    if name not in known:
+        raise UserError(f"device = '{name}': not on this machine; there is {', '.join(known)}")
+    if dtype == "auto":
+        dtype = "bfloat16" if has_fast_bfloat16(name) else "float32"
+    return torch.device(name), getattr(torch, dtype)
+
+
+def has_fast_bfloat16(device_type):
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = torch.cpu.get_capabilities() if device_type == "cpu" else {}
+    return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+
+
+def can_compile(device):
+    """Whether there is the compiler that torch.compile needs for code on this device."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang", "cc")))
+    return any(map(shutil.which, ("g++", "clang++", "cl")))
+
+
+def compile_blocks(model, device):
+    """Has each block compiled at its first use; FSDP's hooks stay outside."""
+    if not can_compile(device):
+        raise UserError("compile: needs g++ or clang++, and triton on a GPU; install it, or --compile=never")
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True)
+
+
+# Dense bfloat16 and float16 matrix products, 1e12 operations a second, by the maker's data sheets.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "A100": 312,
+               "L40S": 362, "L40": 181}  # fmt: skip
+
+
+def peak_flops(device, dtype):
+    """Floating-point operations that the device could do in a second, or None where that is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+
+
+# --------------------------------------------------------------------------------------------------------- ranks
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def launcher():
+    """The command that started this process, up to the name of the program."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    nodes = f"--nnodes={world_size() // here} (and the rendezvous, on each node) " if here < world_size() else ""
+    return f"torchrun {nodes}--nproc_per_node={here}" if world_size() > 1 else "python"
+
+
+def join(device, timeout):
+    """Joins torchrun's process group, if there is one; returns this rank's device. Only rank 0 prints from here on.
+
+    timeout: seconds that a rank waits for the others within a step before the run ends.
+    """
+    if world_size() == 1:
+        return device
+    if device.type == "cuda":
+        local, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if local > there:
+            raise UserError(f"{local} processes on a machine with {there} GPUs; start torchrun with fewer")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"device = '{device.type}': trains in one process; start it without torchrun")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    except ValueError as error:  # a variable of torchrun's is not set
+        raise UserError(f"WORLD_SIZE is {world_size()}, but {first_line(error)}; start it by torchrun") from None
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def leave():
+    """Every rank must call it: a rank that ends before rank 0 has saved would look like one that has died."""
+    barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@functools.cache
+def patient_group():
+    """For waits outside the training step, of any length: while rank 0 saves a large model, say, or draws pictures."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+
+
+def barrier():
+    """Waits until every rank is here."""
+    if world_size() > 1:
+        dist.barrier(patient_group())
+
+
+def gather(value):
+    """Every rank's value, in a list by rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value, patient_group())
+    return values
+
+
+def sum_over_ranks(tensor):
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def concat_over_ranks(tensor):
+    """The ranks' tensors, of one shape, one after another along the first dimension."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
+def refuse_differences(**mine):
+    """Raises UserError on every rank if one was started with other settings than rank 0, or sees another `step`."""
+    first, *others = gather(mine)
+    for other, theirs in enumerate(others, 1):
+        differ = [f"{key} is {first[key]!r} on rank 0, {theirs[key]!r} on rank {other}"
+                  for key in first if first[key] != theirs[key]]  # fmt: skip
+        if differ:
+            raise UserError(f"the processes of one run need the same settings: {'; '.join(differ)}")
+
+
+# ------------------------------------------------------------------------------------------------ a model on many
+
+
+def replicate(model, device):
+    """DDP: every rank has all weights; gradients are averaged while the backward pass still runs.
+
+    With `find_unused_parameters` DDP keeps its first grouping of the gradients. Otherwise a resumed run would regroup
+    later than one that was never stopped, and on more than two ranks another grouping adds up in another order.
+    """
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=True, forward_sync_buffers=False
+    )
+
+
+def shard(model, device, dtype, reshard_blocks, reshard_rest=False):
+    """FSDP2: each block's weights, then the rest, are spread over the ranks and gathered where they are used.
+
+    Blocks are gathered in `dtype`; gradients are summed in float32, and the optimizer's weights are float32 too.
+    reshard_blocks, reshard_rest: whether they are spread again right after the forward pass, not after the backward.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, so only where it is needed
+
+    mesh = dist.init_device_mesh(device.type, (world_size(),))
+    for block in model.blocks:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_blocks)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_rest)
+
+
+def is_sharded(model):
+    return hasattr(next(model.parameters()), "full_tensor")
+
+
+def whole(tensor):
+    """A tensor put together again if FSDP has spread it; every rank must call this at the same time."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def without_sync(net, last):
+    """The context for a micro-batch: DDP averages the gradients after the last one only."""
+    return contextlib.nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync()
+
+
+def get_state(model, optimizer=None):
+    """-> ({name: weight}, {parameter name: its optimizer state}), the same for any number of ranks.
+
+    Of a sharded model the tensors are whole and on the CPU of rank 0, and every rank must call it.
+    """
+    if is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, state = get_state_dict(model, optimizer or [], options=options)
+        return weights, state.get("state", {})
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return model.state_dict(), {names[p]: state for p, state in optimizer.state.items()} if optimizer else {}
+
+
+def set_state(model, weights, optimizer=None, state=None):
+    """Undoes `get_state`: every rank is given the whole, and takes its share. The optimizer keeps its settings."""
+    if is_sharded(model):
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        options = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_model_state_dict(model, weights, options=options)
+        if optimizer:
+            groups = dcp.get_optimizer_state_dict(model, optimizer)["param_groups"]
+            dcp.set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+        return
+    model.load_state_dict(weights)
+    if optimizer:
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        by_number = {number: state[name] for number, name in enumerate(order) if name in state}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": by_number})
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path, kind, **state):
+    """Writes under a temporary name, syncs and renames: `path` holds a whole checkpoint or the one before.
+
+    Only rank 0 does. kind: 'last', to resume from, or 'best', for use. Raises UserError if it cannot be written.
+    """
+    if rank() > 0:
+        return
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save turns some errors of the disk into its own
+        size = temporary.stat().st_size if temporary.is_file() else 0
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        temporary.unlink(missing_ok=True)
+        before = "the one before it is whole" if path.exists() else "there is none before it"
+        raise UserError(
+            f"{path}: cannot be written ({first_line(error)}, {size:,} bytes were, {free:,} are free);"
+            f" make room and start again; {before}"
+        ) from None
+
+
+def load_checkpoint(path, kinds=("last", "best")):
+    """The dict that `save_checkpoint` wrote; raises UserError for a file that is missing, broken or not ours."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; train one with: python train.py config/demo.py")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(f"{path}: truncated, or not a checkpoint ({first_line(error)}); use another one") from None
+    if not isinstance(saved, dict) or "nanomusicgen" not in saved:
+        raise UserError(f"{path}: not a checkpoint of nanoMusicGen; give the best.pt of a run")
+    if saved["nanomusicgen"] != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{path}: format {saved['nanomusicgen']}, and this code reads {CHECKPOINT_FORMAT}; train it again"
+        )
+    if saved["kind"] not in kinds:
+        raise UserError(f"{path}: is a '{saved['kind']}' checkpoint, and '{kinds[0]}' is needed; try {kinds[0]}.pt")
+    return saved

@@ -1,0 +1,248 @@
+"""Conditions in, codes out: prefill, one step after another with a KV cache, guidance, windows past the trained length.
+
+    model, settings, codec = load_model("out/demo/best.pt")
+    codes = generate(model, [{"text": "slow piano"}], frames=400)           # int64 [B, K, T]
+    for part in stream(model, [{"text": "slow piano"}], frames=400): ...    # the same, each frame once it is final
+
+Letters: B streams, G groups of conditions for each, R = G B rows, K codebooks, T frames, S sequence steps, D model
+width, H heads, L condition length, P rows prepended, W steps of the cache in use.
+"""
+
+import torch
+from torch import nn
+
+import common
+from common import UserError
+from conditioning import CHROMA_RATE, to_device
+from config import FIELDS, Settings
+from model import MusicLM
+
+UNKNOWN = -1  # in the place of a code that is to be found
+
+
+def load_model(path, device="cpu"):
+    """A checkpoint -> (MusicLM with the averaged weights in eval mode, its Settings, the codec's description)."""
+    saved = common.load_checkpoint(path)
+    settings = Settings(**{key: value for key, value in saved["settings"].items() if key in FIELDS})
+    model = MusicLM(settings, saved["codec"], saved["tokenizer"])
+    model.load_state_dict(saved["ema"])
+    return model.eval().requires_grad_(False).to(device), settings, saved["codec"]
+
+
+# ------------------------------------------------------------------------------------------------------ one step
+
+
+class KVCache:
+    """One block's keys and values, in buffers of a fixed size [R, H, steps, D / H]; the text's, computed once."""
+
+    def __init__(self, block, states, steps):
+        self.cross = block.split(block.cross_kv(states), 2).contiguous()
+        R, H, _, d = self.cross[0].shape
+        self.k, self.v = self.cross.new_zeros(R, H, steps, d), self.cross.new_zeros(R, H, steps, d)
+
+    def update(self, input_pos, k, v, W):
+        """Puts k and v [R, H, S, D / H] at the steps `input_pos` [S]; returns what the first W steps hold."""
+        self.k.index_copy_(2, input_pos, k)
+        self.v.index_copy_(2, input_pos, v)
+        return self.k[:, :, :W], self.v[:, :, :W]
+
+
+def prefill(model, sequence, prefix, states_mask, caches):
+    """Puts the prefix [R, P, D] and then the sequence [R, K, S] into the caches."""
+    position = torch.arange(sequence.shape[2], device=sequence.device)
+    x = torch.cat([model.embed_prefix(prefix), model.embed_sequence(sequence, position)], dim=1)
+    input_pos = torch.arange(x.shape[1], device=x.device)
+    causal_mask = input_pos <= input_pos[:, None]
+    for block, cache in zip(model.blocks, caches):
+        x = block(x, None, states_mask, cache, input_pos, causal_mask)
+
+
+def decode_one_step(model, tokens, position, states_mask, caches, P, steps, cfg, beta):
+    """The tokens [B, K] at `position` [1] of the sequence -> guided logits of the next ones, [B, K, card].
+
+    steps: arange(W), where W is as far as the caches are filled, or more.
+    """
+    groups = len(states_mask) // len(tokens)
+    x = model.embed_sequence(tokens[:, :, None], position).repeat(groups, 1, 1)
+    input_pos = position + P
+    causal_mask = (steps <= input_pos)[None]
+    for block, cache in zip(model.blocks, caches):
+        x = block(x, None, states_mask, cache, input_pos, causal_mask)
+    logits = model.logits(model.norm(x))[:, 0].float()
+    return guide(logits.unflatten(0, (groups, -1)), cfg, beta)
+
+
+# ------------------------------------------------------------------------------------------------------ guidance
+
+
+def condition_groups(conditions, cfg, beta):
+    """B dicts -> the groups whose logits `guide` needs, each B dicts, and beta by sample, [B, 1, 1].
+
+    Without conditions, or with cfg 1, there is nothing to guide: one group. Where beta is 1, or no sample has both text
+    and style, `style` is not needed: two groups.
+    """
+    conditions = [{name: value for name, value in sample.items() if value is not None and len(value)}
+                  for sample in conditions]  # fmt: skip
+    betas = torch.tensor([beta if {"text", "style"} <= sample.keys() else 1.0 for sample in conditions])
+    groups = [conditions]
+    if any(conditions) and (cfg != 1 or (betas != 1).any()):
+        if (betas != 1).any():
+            groups.append([{name: sample[name] for name in sample if name != "text"} for sample in conditions])
+        groups.append([{} for _ in conditions])
+    return groups, betas[:, None, None]
+
+
+def guide(logits, cfg, beta):
+    """Classifier-free guidance (arXiv:2207.12598), and MusicGen-Style's double one (arXiv:2407.12563, section 3.3).
+
+    logits [G, B, K, card] of the groups -> [B, K, card]. beta [B, 1, 1] is 1 for a sample without text or style.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    if len(logits) == 2:
+        cond, uncond = logits
+        return uncond + cfg * (cond - uncond)
+    both, style, uncond = logits
+    return uncond + cfg * (style + beta * (both - style) - uncond)
+
+
+def choose_codes(logits, uniform, temperature, top_k, top_p):
+    """logits [B, K, card], uniform [B, K] in [0, 1) -> codes [B, K], by inverting the cumulative distribution.
+
+    One uniform number a code, drawn ahead from the sample's own generator, keeps a sample the same in any batch.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64
+    probs = torch.softmax(logits.to(exact) / temperature, dim=-1)
+    if top_p:
+        ranked, codes = probs.sort(dim=-1, descending=True)
+        probs = torch.zeros_like(probs).scatter(-1, codes, ranked * (ranked.cumsum(-1) - ranked < top_p))
+    elif top_k:
+        least = logits.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        probs = probs * (logits >= least)
+    cumulative = probs.cumsum(-1)  # in the order of the codes, which rounding never changes, as it does that of ranks
+    code = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)
+    last = (cumulative < cumulative[..., -1:]).sum(-1)
+    return torch.minimum(code, last)
+
+
+# ------------------------------------------------------------------------------------------------------ the whole
+
+
+def optimize(model, dtype=torch.float32, compiled=False):
+    """Has `generate` compute in `dtype`, and compile a step at its first use; returns the model.
+
+    The weights of the matrix products are kept in `dtype` from then on. Raises UserError where nothing can compile.
+    """
+    device = model.embed.weight.device
+    if compiled and not common.can_compile(device):
+        raise UserError("--compile: needs a C++ compiler, g++ or clang++; install one, or leave the option out")
+    for module in (*model.blocks.modules(), model.heads):
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # one for each number of groups, of streams, of conditions
+        # Not to look at each step whether a module has changed saves a twentieth of it.
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        options["triton.cudagraphs"] = device.type == "cuda"  # what mode="reduce-overhead" stands for
+        model.compiled_step = torch.compile(decode_one_step, fullgraph=True, options=options)
+    return model
+
+
+def generate(model, conditions, frames, prompt=None, progress=None, **options):
+    """All that `stream` yields, in one: B dicts of conditions -> codes int64 [B, K, frames].
+
+    progress: called with the number of frames that each stream has got further, bar.update say.
+    """
+    parts = []
+    for part in stream(model, conditions, frames, prompt, **options):
+        parts.append(part)
+        if progress:
+            progress(part.shape[2])
+    return torch.cat(parts, dim=2)
+
+
+@torch.no_grad()
+def stream(model, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temperature=1.0, top_k=250, top_p=0.0,
+           seeds=None, stride=None):  # fmt: skip
+    """B dicts of conditions -> codes int64 [B, K, n] as they become final: the prompt, then frame by frame.
+
+    frames       how many there are in all
+    prompt       codes [B, K, T] to go on from, [1, K, T] for all, or B of any lengths, [K, T]; they stay as they are
+    cfg, beta    see `guide`; cfg 1 costs half as much, cfg_beta 1 a third less where text and style are given
+    temperature  0 takes the likeliest code; else it is drawn within top_p if set, else top_k if set, else from all
+    seeds        B integers; a sample depends on its own seed and conditions alone, not on its neighbours (but past the
+                 trained length, windows go by the shortest prompt)
+    stride       past the trained length, windows of that length each add so many frames; by default half of it
+    """
+    B, window = len(conditions), model.trained_frames
+    device = model.embed.weight.device
+    rngs = [torch.Generator().manual_seed(seed) for seed in (seeds or range(B))]
+    kept = window - (stride or window // 2)
+    if not 0 < kept < window:
+        raise UserError(f"stride {stride}: must be above 0 and below the {window} frames of training")
+    codes = torch.full((B, model.K, frames), UNKNOWN)
+    prompts = [codes[0, :, :0]] if prompt is None else list(prompt)
+    prompts = prompts * B if len(prompts) == 1 else prompts
+    for row, one in zip(codes, prompts):
+        row[:, : one.shape[1]] = one[:, :frames]
+    codes, done = codes.to(device), min(frames, *(one.shape[1] for one in prompts))
+    if done:
+        yield codes[:, :, :done]
+    groups, beta = condition_groups(conditions, cfg, cfg_beta)
+    options = dict(cfg=cfg, beta=beta.to(device), temperature=temperature, top_k=min(top_k, model.card), top_p=top_p)
+    while done < frames:
+        first = done - (done if done < window else kept)
+        last = min(first + window, frames)
+        rows = [from_second(first / model.frame_rate, sample) for group in groups for sample in group]
+        found = continue_window(model, codes[:, :, first:last], done - first, rows, rngs, **options)
+        for t, part in enumerate(found, done):
+            codes[:, :, t : t + 1] = part
+            yield part
+        done = last
+
+
+def from_second(start, sample):
+    """A sample's conditions for the window that begins there: what has a place in time is cut off before it."""
+    return {name: value[round(start * CHROMA_RATE) :] if name == "melody" else value for name, value in sample.items()}
+
+
+def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_k, top_p):
+    """codes [B, K, T], UNKNOWN where one is to be found -> the frames after the first `done`, [B, K, 1] each.
+
+    rows: R dicts of conditions. Nothing here waits for the device.
+    """
+    pattern, device = model.pattern(codes.shape[2]), codes.device
+    sequence = pattern.build(codes, model.special)
+    first = int(pattern.step[:, done].min())  # the first step that may hold an UNKNOWN
+    uniform = torch.stack([torch.rand(pattern.S, model.K, generator=rng) for rng in rngs], dim=1).to(device)
+    completes = {step: t for t, step in enumerate(pattern.step.amax(0).tolist())}  # the step that completes a frame
+    with precision(model):
+        states, mask, prefix = model.conditioner(to_device(model.conditioner.prepare(rows), device))
+        P, states_mask = prefix.shape[1], mask[:, None, None, :]
+        caches = [KVCache(block, states, round_up(P + pattern.S, 512)) for block in model.blocks]
+        past = sequence[:, :, : first - 1].repeat(len(rows) // len(codes), 1, 1)
+        if past.shape[2] + P:
+            prefill(model, past, prefix, states_mask, caches)
+    decode = getattr(model, "compiled_step", decode_one_step)
+    steps = torch.arange(round_up(P + pattern.S, 512), device=device)
+    for step in range(first, pattern.S):
+        W = round_up(P + step, 512 if device.type == "cuda" else 2)  # few shapes for a GPU, little to read for a CPU
+        with precision(model):
+            logits = decode(model, sequence[:, :, step - 1], steps[step - 1 : step], states_mask, caches, P, steps[:W],
+                            cfg, beta)  # fmt: skip
+        found = choose_codes(logits, uniform[step], temperature, top_k, top_p)
+        known = sequence[:, :, step]
+        sequence[:, :, step] = torch.where(known == UNKNOWN, found, known)
+        if (t := completes.get(step, -1)) >= done:
+            yield sequence.gather(2, pattern.step[:, t : t + 1].expand(len(codes), -1, -1))
+
+
+def precision(model):
+    device, dtype = model.heads.weight.device.type, model.heads.weight.dtype
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+
+
+def round_up(steps, unit):
+    return -(-steps // unit) * unit
