@@ -324,20 +324,19 @@ def set_state(model, weights, optimizer=None, state=None):
 
 
 def save_checkpoint(path, kind, **state):
-    """Writes under a temporary name, syncs and renames: `path` holds a whole checkpoint or the one before.
+    """Rank 0 writes it, and the others wait: every rank must call it. It is whole, or what was there before stays.
 
-    Only rank 0 does. kind: 'last', to resume from, or 'best', for use. Raises UserError if it cannot be written.
+    kind: 'last', to resume from, or 'best', for use. Raises UserError if it cannot be written.
     """
-    if rank() > 0:
-        return
     path = Path(path)
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        if rank() == 0:
+            with open(temporary, "wb") as file:
+                torch.save({"nanomusicgen": CHECKPOINT_FORMAT, "kind": kind, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns some errors of the disk into its own
         size = temporary.stat().st_size if temporary.is_file() else 0
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
@@ -347,6 +346,7 @@ def save_checkpoint(path, kind, **state):
             f"{path}: cannot be written ({first_line(error)}, {size:,} bytes were, {free:,} are free);"
             f" make room and start again; {before}"
         ) from None
+    barrier()
 
 
 def load_checkpoint(path, kinds=("last", "best")):
@@ -363,6 +363,6 @@ def load_checkpoint(path, kinds=("last", "best")):
         raise UserError(
             f"{path}: format {saved['nanomusicgen']}, and this code reads {CHECKPOINT_FORMAT}; train it again"
         )
-    if saved["kind"] not in kinds:
-        raise UserError(f"{path}: is a '{saved['kind']}' checkpoint, and '{kinds[0]}' is needed; try {kinds[0]}.pt")
+    if saved.get("kind") not in kinds:
+        raise UserError(f"{path}: is a '{saved.get('kind')}' checkpoint, and '{kinds[0]}' is needed; try {kinds[0]}.pt")
     return saved

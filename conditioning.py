@@ -362,7 +362,6 @@ class Conditioner(nn.Module):
             self.prepended["style"] = StyleEmbedder(s.dim, codec, s.style_dim, s.style_heads, s.style_layers,
                                                     s.style_codebooks, s.style_bins, s.style_seconds[1])  # fmt: skip
         self.rows = sum(embedder.rows for embedder in self.prepended.values())  # P
-        self.steps_per_frame = codec["K"] if s.pattern == "unrolled" else 1
 
     def prepare(self, conditions):
         """A list of B dicts of conditions -> {name: tensors} on the CPU, for `forward`.
@@ -377,13 +376,13 @@ class Conditioner(nn.Module):
                 for name, embedder in embedders.items()}  # fmt: skip
 
     def positions(self, device):
-        """Where the prepended rows stand, float [P], in steps of the sequence, whose positions they share: a row of the
-        melody is found where its own frame is. A style has no place in time; its rows all stand at 0 (NOTES.md).
+        """Where the prepended rows stand, float [P], in frames of the music: a row of the melody is found where its own
+        frame is. A style has no place in time; its rows all stand at 0 (NOTES.md).
         """
         places = [torch.zeros(0, device=device)]
         for name, embedder in self.prepended.items():
             row = torch.arange(embedder.rows, device=device)
-            places.append((row + 0.5) * embedder.stride * self.steps_per_frame if name == "melody" else 0.0 * row)
+            places.append((row + 0.5) * embedder.stride if name == "melody" else 0.0 * row)
         return torch.cat(places)
 
     def forward(self, inputs):

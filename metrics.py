@@ -220,7 +220,7 @@ def what_to_generate(conditions, s):
 
 
 def evaluate(checkpoint, codec, train_data, valid_data, s):
-    """Measures a checkpoint on the first `evaluate_clips` held-out tracks. All ranks must call it, and get the same dict:
+    """Measures a checkpoint on the first `evaluate_clips` held-out tracks. All ranks must call it, and get the same:
 
     clips                  how many
     fad, fad_real          Fréchet distance from the held-out clips to those generated for their conditions, cut to the

@@ -137,7 +137,8 @@ class MusicLM(nn.Module):
 
     def embed_prefix(self, prefix):
         """prefix [B, P, D], from the conditioner -> the same with the positions of what each row belongs to."""
-        return prefix + sinusoids(self.conditioner.positions(prefix.device), prefix.shape[2])
+        steps_per_frame = self.pattern(self.trained_frames, training=True).S // self.trained_frames
+        return prefix + sinusoids(self.conditioner.positions(prefix.device) * steps_per_frame, prefix.shape[2])
 
     def hidden(self, sequence, states, mask, prefix):
         """sequence [B, K, S] -> what the heads read, [B, S, D].

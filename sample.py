@@ -300,7 +300,7 @@ def main():
     about = {
         **vars(args),
         **{key: options[key] for key in OPTIONS},
-        "code": common.git("describe", "--always", "--dirty").strip(),
+        "code": common.git("describe", "--always", "--dirty", "--abbrev=40").strip(),
         "settings": vars(s),
     }
     single = Path(args.out).suffix.lower() in FORMATS

@@ -82,7 +82,7 @@ def refuse_another_model(saved, s, codec, path):
     """Raises UserError where a checkpoint is of another model than this run's; returns what else has changed."""
     theirs, ours = {**saved["settings"], "codec": saved["codec"]["id"]}, {**vars(s), "codec": codec.id}
     changes = {key: f"{key} was {theirs.get(key)!r}, is {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]}
-    other = [changes[key] for key in changes if key in SAME_MODEL]
+    other = [changes[key] for key in changes if key in SAME_MODEL and (s.style or not key.startswith("style_"))]
     if other:
         raise UserError(f"{path}: another model ({', '.join(other)}); give it the same settings, or another --out")
     return list(changes.values())
@@ -90,7 +90,7 @@ def refuse_another_model(saved, s, codec, path):
 
 def is_due(step, every, s):
     """Whether a stage that comes each `every` epochs, and at the end of the run, comes at this step."""
-    return step == s.steps or (step > 0 and every > 0 and step % (every * s.epoch) == 0)
+    return step >= s.steps or (step > 0 and every > 0 and step % (every * s.epoch) == 0)
 
 
 def request_stop(signals, number, frame):
@@ -105,7 +105,7 @@ class Since:
     """What the next line of the log counts from."""
 
     step: int
-    start: float = dataclasses.field(default_factory=time.monotonic)
+    start: float = dataclasses.field(default_factory=lambda: time.monotonic())
     waited: float = 0.0  # seconds, for the data
     frames: int = 0
 
@@ -198,7 +198,7 @@ def main():
 
     while True:
         # 1. Checkpoint, valid, best, evaluate, generate: at the top, as a resumed run does again what a kill cut off
-        epoch, ends_epoch = math.ceil(step / s.epoch), step % s.epoch == 0 or step == s.steps
+        epoch, ends_epoch = math.ceil(step / s.epoch), step % s.epoch == 0 or step >= s.steps
         if (ends_epoch or stopping) and step > resumed_at:
             faulthandler.cancel_dump_traceback_later()  # from here to the next step, ranks may wait for rank 0
             (weights, moments), (averaged, _) = common.get_state(model, optimizer), common.get_state(ema.module)
@@ -216,7 +216,6 @@ def main():
                 best_ce, (averaged, _) = valid["ce"], common.get_state(ema.module)
                 common.save_checkpoint(best, "best", ema=averaged, step=step, ce=best_ce, **described)
                 log.stage("best", step, epoch, ce=best_ce)
-            common.barrier()  # best.pt is written
             if s.evaluate_clips and is_due(step, s.evaluate_every, s):
                 log.stage("evaluate", step, epoch, **metrics.evaluate(best, codec, train_data, valid_data, s))
             if s.samples and is_due(step, s.generate_every, s):
@@ -227,7 +226,7 @@ def main():
             if rank == 0:
                 report.write_page(out)
             stopping = any(common.gather(bool(signals)))
-        if stopping or step == s.steps:
+        if stopping or step >= s.steps:
             break
         since = Since(step) if ends_epoch else since
 

@@ -107,7 +107,6 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "compile": ("auto", "always", "never"),
     "parallel": ("ddp", "fsdp"),
-    "pattern": ("delay", "parallel", "unrolled"),
     "logger": ("", "tensorboard", "wandb"),
 }
 NOT_NEGATIVE = (

@@ -1,25 +1,34 @@
 """What the tests share: a toy corpus, its prepared data set, a toy run, and the programs as a user starts them."""
 
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
-import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+import torch._dynamo  # this and the next two: what programs import late, for the forks below to have it
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import demo_music  # noqa: E402
+import common  # noqa: E402
+import prepare  # noqa: E402
+import train  # noqa: E402
+from demo import corpus as demo_corpus  # noqa: E402
 
-import data  # noqa: E402
-
-hypothesis.settings.register_profile("usual", max_examples=30, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("usual", max_examples=25, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("long", max_examples=1000, deadline=None, database=None)
 hypothesis.settings.load_profile("usual")
 
@@ -32,13 +41,12 @@ TOY = (
 ).split()
 
 
-def start(program, *args, cwd=ROOT, ranks=1, **environment):
-    """A program of the repository as its own process, or several by torchrun, each on one thread."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+def start(*words, cwd=ROOT, **environment):
+    """`python WORDS` as a user types it, on one thread."""
     return subprocess.Popen(
-        [sys.executable, *torchrun, program, *map(str, args)], cwd=cwd, text=True, errors="replace",
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True,
+        [sys.executable, *map(str, words)], cwd=cwd, text=True, errors="replace", stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -49,32 +57,123 @@ def finish(process, status=0):
     return output
 
 
+STARTED = []
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server():
+    """Starts it, where it finds this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        multiprocessing.forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    for ranks in STARTED:
+        ranks.send(signal.SIGKILL)
+    STARTED.clear()
+
+
+class Ranks:
+    """A program's main on several ranks at once, as by torchrun, but as forks of a process that has torch in memory."""
+
+    def __init__(self, *args, ranks=2, main=train.main, cwd=ROOT, more=None, before=None):
+        """more: {rank: arguments that only it is given}. before: called in each first.
+
+        Functions are those of a module, or `functools.partial` of them, as they are pickled.
+        """
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        self.files = [tempfile.NamedTemporaryFile("r", errors="replace") for _ in range(ranks)]
+        self.processes = []
+        STARTED.append(self)
+        for rank in range(ranks):
+            launch = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR="localhost",
+                          MASTER_PORT=port)  # fmt: skip
+            launch = {} if ranks == 1 else {key: str(value) for key, value in launch.items()}
+            argv = ["train.py", *map(str, args), *(more or {}).get(rank, ())]
+            work = (main, argv, launch, self.files[rank].name, cwd, before)
+            self.processes.append(FORKS.Process(target=run_rank, args=work))
+            self.processes[-1].start()
+
+    def output(self, rank=0):
+        self.files[rank].seek(0)
+        return self.files[rank].read()
+
+    def send(self, number, rank=None):
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def wait(self, seconds=200):
+        for process in self.processes:
+            process.join(seconds)
+        hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        self.send(signal.SIGKILL)
+        assert not hung, "\n".join(map(self.output, range(len(self.files))))
+        return [process.exitcode for process in self.processes]
+
+    def finish(self, status=0):
+        """What rank 0 has printed, once all have ended with `status`."""
+        codes = self.wait()
+        assert set(codes) == {status}, "\n".join(map(self.output, range(len(self.files))))
+        return self.output()
+
+    def wait_for(self, path, lines):
+        """Until a log has so many lines."""
+        while not (path.exists() and len(path.read_text().splitlines()) >= lines):
+            assert any(process.is_alive() for process in self.processes), self.output()
+            time.sleep(0.005)
+
+
+def run_rank(main, argv, launch, path, cwd, before):
+    file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, errors="replace") for descriptor in (1, 2))
+    sys.stdin, sys.__stdout__, sys.argv = open(os.devnull), sys.stdout, argv
+    os.environ.update(launch)
+    os.chdir(cwd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = 1
+    try:
+        if before:
+            before()
+        common.run(main)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    demo_music.write_corpus(folder, 16, seed=5, workers=1)
+    demo_corpus.write_corpus(folder, 16, seed=5, workers=1)
     return folder
 
 
 @pytest.fixture(scope="session")
 def dataset(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared") / "toy"
-    data.prepare(corpus / "manifest.jsonl", folder, workers=1, valid_fraction=0.2)
+    prepare.prepare(corpus / "manifest.jsonl", folder, workers=1, valid_fraction=0.2)
     return folder
 
 
 @pytest.fixture
 def own_dataset(dataset, tmp_path):
     """A copy that a test may spoil."""
+    import shutil
+
     return Path(shutil.copytree(dataset, tmp_path / "data"))
-
-
-def without_checksums(folder):
-    """A data set's folder, as it was before there were checksums: what is done to it goes unseen."""
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["checksums"]
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -87,23 +186,53 @@ def toy_run(dataset, tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs a program's main in this process, as `config.run` would: -> (exit status, what it printed)."""
-    import config
+    """Runs a program's main in this process, as `common.run` would: -> (exit status, what it printed)."""
 
     def call(module, *args):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            config.run(module.main)
+            common.run(module.main)
             status = 0
         except SystemExit as stop:
             status = stop.code
         finally:
+            common.HELD.clear()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             torch.set_flush_denormal(False)
-            torch.backends.cuda.enable_flash_sdp(True)
         captured = capsys.readouterr()
         return status, captured.out + captured.err
 
     return call
+
+
+def lines(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def states_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return a == b
+
+
+def same_run(a, b, name="last.pt"):
+    """Whether two runs' checkpoints are equal bit for bit, but for the name of their folder."""
+    states = [load(folder / name) for folder in (a, b)]
+    for saved in states:
+        saved["settings"].pop("out")
+    return states_equal(*states)
+
+
+def untimed(path):
+    """The lines of a log without what depends on the machine's speed."""
+    return [{key: line[key] for key in line if key not in ("tokens_per_s", "data_wait")} for line in lines(path)]

@@ -1,13 +1,17 @@
+"""The frozen codec: wav to codes and back, streamed or whole, mono or stereo; audio files."""
+
 import urllib.error
 
-import demo_music
 import pytest
+import soundfile
 import torch
 from encodec import EncodecModel
-from train_codec import distances
 
-from codec import TINY_WEIGHTS, encode_long, load_codec
-from config import UserError
+from codec import decode_stream, describe_codec, encode_many, load_codec, write_audio
+from common import UserError
+from demo import corpus
+from demo.tiny import WEIGHTS
+from demo.train_tiny import distances
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +22,7 @@ def codec():
 @pytest.fixture(scope="module")
 def wav():
     """Four demo clips that the codec never saw, [4, 1, 5 s]."""
-    clips = [demo_music.make_clip(999, index)[0][:80_000] for index in range(4)]
+    clips = [corpus.make_clip(999, index)[0][:80_000] for index in range(4)]
     return torch.stack([torch.from_numpy(clip) for clip in clips])[:, None]
 
 
@@ -50,19 +54,19 @@ def test_a_wav_that_peaks_above_one_is_scaled_down(codec, wav):
 
 
 def test_long_audio_in_pieces_equals_whole(codec, wav):
-    assert torch.equal(encode_long(codec, wav[0], piece=1.5, context=1.0), codec.encode(wav[:1])[0])
+    assert torch.equal(encode_many(codec, [wav[0]], piece=1.5)[0], codec.encode(wav[:1])[0])
 
 
 def test_the_id_names_the_weights(codec, tmp_path):
     assert codec.id == load_codec("tiny").id
-    saved = torch.load(TINY_WEIGHTS, weights_only=True)
+    saved = torch.load(WEIGHTS, weights_only=True)
     saved["model"]["encoder.out.bias"] += 1
     torch.save(saved, tmp_path / "other.pt")
     assert load_codec("tiny", tmp_path / "other.pt").id != codec.id
 
 
 def test_the_shipped_weights_are_small():
-    assert TINY_WEIGHTS.stat().st_size <= 6_000_000
+    assert WEIGHTS.stat().st_size <= 6_000_000
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,7 @@ def published(tmp_path_factory):
 
 @pytest.mark.parametrize("name, K", [("encodec_24khz", 8), ("encodec_24khz:1.5", 2), ("encodec_24khz:3", 4)])
 def test_encodec_24khz_equals_the_package(published, name, K):
-    codec = load_codec(name, published.parent)
+    codec = load_codec(name, published)
     model = EncodecModel.encodec_model_24khz(pretrained=False)
     model.load_state_dict(torch.load(published, weights_only=True))
     model.set_target_bandwidth(K * 0.75)
@@ -95,12 +99,69 @@ def test_what_cannot_be_had_is_said(monkeypatch, published, tmp_path):
     with pytest.raises(UserError, match="cannot be downloaded.*--codec_weights=FILE, or use --codec=tiny"):
         load_codec("encodec_24khz")
     with pytest.raises(UserError, match="no such file"):
-        load_codec("encodec_24khz", tmp_path)
+        load_codec("encodec_24khz", tmp_path / "none.th")
     with pytest.raises(UserError, match="not the weights of encodec_24khz"):
-        load_codec("encodec_24khz", TINY_WEIGHTS)
+        load_codec("encodec_24khz", WEIGHTS)
     with pytest.raises(UserError, match="cannot be read as a tiny codec"):
         load_codec("tiny", published)
     with pytest.raises(UserError, match="unknown codec 'mp3'"):
         load_codec("mp3")
     with pytest.raises(UserError, match="bandwidth must be one of 1.5, 3, 6, 12"):
         load_codec("encodec_24khz:5")
+
+
+def test_stereo_passes_left_and_right_through_the_same_codec():
+    mono, stereo = load_codec("tiny"), load_codec("tiny:stereo")
+    wav = 0.3 * torch.randn(3, 2, 16_000).cumsum(2).sin()
+    codes = stereo.encode(wav)
+    assert codes.shape == (3, 8, 50) and stereo.id != mono.id and stereo.describe()["channels"] == 2
+    left, right = wav[:, :1], wav[:, 1:]
+    assert torch.equal(codes[:, 0::2], mono.encode(left)) and torch.equal(codes[:, 1::2], mono.encode(right))
+    torch.testing.assert_close(stereo.decode(codes)[:, 1:], mono.decode(codes[:, 1::2]))
+    latents = stereo.latents(codes)
+    torch.testing.assert_close(latents[:, :64], mono.latents(codes[:, 0::2]))
+    summed = sum(table[codes[:, k]] for k, table in enumerate(stereo.vectors()))
+    torch.testing.assert_close(summed.transpose(1, 2), latents)
+    assert torch.equal(encode_many(stereo, [wav[0]], piece=0.5)[0], codes[0])
+    loud = torch.cat([left, 4 * right], dim=1) / wav.abs().max()
+    assert torch.equal(stereo.encode(loud), stereo.encode(loud / loud.abs().amax((1, 2), keepdim=True).clamp(min=1)))
+
+
+def test_tokens_of_another_bandwidth_are_another_codec():
+    assert [describe_codec(f"encodec_24khz:{kbps}")["K"] for kbps in ("1.5", "3", "6", "12")] == [2, 4, 8, 16]
+    assert describe_codec("encodec_24khz:3:stereo")["K"] == 8 and describe_codec("musicgen_32khz")["card"] == 2048
+    for name in ("encodec_24khz:5", "tiny:3", "musicgen_32khz:3", "mp3", "tiny:stereo:stereo", "encodec_48khz"):
+        with pytest.raises(UserError):
+            describe_codec(name)
+
+
+def test_decoding_a_stream_leaves_no_seam():
+    codec = load_codec("tiny")
+    codes = torch.randint(0, 512, (1, 4, 130))
+    whole = codec.decode(codes)
+    for n in (1, 7, 50):
+        for arriving in (1, 50):
+            parts = list(decode_stream(codec, codes.split(arriving, dim=2), n))
+            torch.testing.assert_close(torch.cat(parts, dim=2), whole, atol=1e-5, rtol=0)
+            assert parts[0].shape[2] == n * codec.hop
+    for T in (1, 5, 24):
+        (wav,) = decode_stream(codec, [codes[:, :, :T]])
+        torch.testing.assert_close(wav, codec.decode(codes[:, :, :T]))
+    codec.ahead = 2
+    seams = torch.cat(list(decode_stream(codec, [codes], 7)), dim=2) - whole
+    assert seams.abs().max() > 1e-3
+
+
+def test_long_ogg_files_can_be_written(tmp_path):
+    write_audio(tmp_path / "long.ogg", torch.zeros(1, 16_000 * 600), 16_000)
+    assert soundfile.info(tmp_path / "long.ogg").duration == 600
+
+
+def test_a_write_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(soundfile.SoundFile, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_audio(tmp_path / "a.wav", torch.zeros(1, 100), 16_000)
+    assert not any(tmp_path.iterdir())

@@ -1,8 +1,22 @@
+"""How each condition is drawn, embedded and dropped."""
+
+import threading
+
 import numpy as np
 import pytest
 import torch
 
-from conditioning import SILENCE, all_conditions, chromagram, draw_conditions, melody_of
+import common
+from codec import load_codec
+from conditioning import (
+    SILENCE,
+    ResidualVQ,
+    StyleEmbedder,
+    all_conditions,
+    chromagram,
+    draw_conditions,
+    melody_of,
+)
 from config import Settings
 
 CAPTION, METADATA = "a slow piano melody", {"genre": "jazz", "bpm": 68}
@@ -41,13 +55,13 @@ def test_a_model_without_melody_or_style_is_given_none():
         assert given == {"text": CAPTION, "melody": False, "style": None}
 
 
-def test_the_excerpt_has_random_length_place_and_books():
+def test_the_excerpt_has_random_length_place_and_codebooks():
     excerpts = np.array([sample["style"] for sample in all_draws(style_seconds=(1.0, 3.0))])
-    first, end, books = excerpts.T
+    first, end, codebooks = excerpts.T
     lengths = end - first
     assert lengths.min() in (50, 51) and lengths.max() in (149, 150) and lengths.mean() == pytest.approx(100, abs=2)
     assert first.min() == 0 and end.max() in (399, 400) and first.mean() == pytest.approx(150, abs=6)
-    assert (np.bincount(books)[1:] / len(books)) == pytest.approx(np.full(6, 1 / 6), abs=0.03)
+    assert (np.bincount(codebooks)[1:] / len(codebooks)) == pytest.approx(np.full(6, 1 / 6), abs=0.03)
     for frames in (2, 7, 60):
         for first, end, _ in (sample["style"] for sample in all_draws(50, frames=frames)):
             assert 0 <= first < end <= frames and end - first <= max(1, frames // 2)
@@ -86,3 +100,230 @@ def test_words_drop_out_one_by_one():
     texts = draws(word_dropout=0.25)
     assert np.mean([len(text.split()) for text in texts]) == pytest.approx(0.75 * 4, abs=0.06)
     assert all(set(text.split()) <= set(CAPTION.split()) for text in texts)
+
+
+# Style
+
+CODEC = dict(K=4, card=512, frame_rate=50, dim=64)  # the tiny one
+D, FRAMES, P = 24, 75, 8  # 1.5 s
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return load_codec("tiny")
+
+
+@pytest.fixture
+def embedder(codec):
+    """In eval mode, with a quantiser that has seen styles, and a null that shows."""
+    embedder = make_embedder(codec)
+    train(embedder, [[style(seed) for seed in range(step, step + 6)] for step in range(8)])
+    torch.nn.init.normal_(embedder.null)
+    return embedder.eval()
+
+
+def make_embedder(codec=None):
+    torch.manual_seed(0)
+    embedder = StyleEmbedder(D, CODEC, dim=16, heads=2, layers=1, codebooks=4, bins=16, max_seconds=1.5)
+    if codec:
+        embedder.set_codec(codec)
+    return embedder
+
+
+def style(seed, n=None, codebooks=None):
+    """An excerpt of n frames, by default 40 to 75, in which each of 8 sounds lasts for some frames."""
+    rng = np.random.default_rng(seed)
+    sounds = np.random.default_rng(1).integers(512, size=(8, 4))[rng.integers(8, size=8)]
+    return sounds.repeat(10, 0)[: n or rng.integers(40, 76)].T, codebooks
+
+
+def train(embedder, batches):
+    """batches: for each step a list of micro-batches or, where there is one only, of styles."""
+    embedder.train()
+    for micro_batches in batches:
+        for styles in micro_batches if isinstance(micro_batches[0], list) else [micro_batches]:
+            embedder(*embedder.prepare(styles))
+        embedder.vq.update()
+
+
+def state_of(embedder):
+    return {name: tensor.clone() for name, tensor in embedder.vq.state_dict().items()}
+
+
+def test_the_tables_add_up_to_the_codecs_latents(codec):
+    embedder, codes = make_embedder(codec), torch.randint(512, (2, 4, 30))
+    latents = sum(embedder.tables[k][codes[:, k]] for k in range(4))
+    torch.testing.assert_close(latents.transpose(1, 2), codec.latents(codes))
+
+
+def test_prepare_pads_cuts_and_takes_arrays_and_tensors():
+    excerpt = style(0, 30)[0]
+    styles = [(excerpt.astype(np.uint16), 2), None, (torch.tensor(style(1, 75)[0]).repeat(1, 2), None)]
+    codes, mask, codebooks = make_embedder().prepare(styles)
+    assert codes.shape == (3, 4, FRAMES) and codes.dtype == codebooks.dtype == torch.int64
+    assert mask.sum(1).tolist() == [30, 0, FRAMES] and codebooks.tolist() == [2, 4, 4]
+    assert codes[0, :, :30].tolist() == excerpt.tolist() and not codes[0, :, 30:].any()
+
+
+def test_rows_stand_at_every_stride_and_the_rest_is_null(embedder):
+    prefix = embedder(*embedder.prepare([style(0, 41), None, style(1, 75), style(2, 1)]))
+    assert prefix.shape == (4, P, D)
+    null = (prefix == embedder.null).all(2)
+    assert null.sum(1).tolist() == [3, 8, 0, 7] and null[0, 5:].all() and null[3, 1:].all()
+    with torch.no_grad():  # where torch takes another way through the transformer
+        assert torch.equal(embedder(*embedder.prepare([None])), embedder.null.expand(1, P, D))
+        torch.testing.assert_close(embedder(*embedder.prepare([style(0, 41), None])), prefix[:2])
+
+
+def test_padding_and_neighbours_never_change_a_sample(embedder):
+    for training in (True, False):
+        embedder.train(training)
+        together = embedder(*embedder.prepare([style(0, 40), None, style(1, 75)]))
+        torch.testing.assert_close(together[:1], embedder(*embedder.prepare([style(0, 40)])))
+        torch.testing.assert_close(together[2:], embedder(*embedder.prepare([style(1, 75)])))
+
+
+def test_nulls_and_evaluation_change_no_state(codec, embedder):
+    before = state_of(embedder)
+    embedder(*embedder.prepare([style(0), style(1)]))
+    train(embedder, [[None, None], [[None], [None]]])
+    torch.testing.assert_close(state_of(embedder), before, rtol=0, atol=0)
+    one, other = make_embedder(codec), make_embedder(codec)
+    train(one, [[style(0, 50), style(1, 60)]])
+    train(other, [[None, style(0, 50), None, style(1, 60)]])
+    assert one.vq.counts.sum() > 0
+    torch.testing.assert_close(state_of(one), state_of(other))
+
+
+def test_every_parameter_gets_gradient(embedder):
+    embedder.train()
+    (embedder(*embedder.prepare([style(0), None])) * torch.randn(2, P, D)).sum().backward()
+    assert [name for name, p in embedder.named_parameters() if not p.grad.abs().sum() > 0] == []
+
+
+def test_nothing_but_nulls_gives_finite_gradient(embedder):
+    embedder.train()
+    embedder(*embedder.prepare([None, None])).sum().backward()
+    assert all(p.grad.isfinite().all() for p in embedder.parameters())
+    assert embedder.null.grad.tolist() == [2 * P] * D
+
+
+def squared_error(vq, x, quantised):
+    """Of each dimension, whose variance is 1."""
+    mean, square = vq.moments[1:] / vq.moments[0]
+    return ((x - mean) / (square - mean.square()).sqrt() - quantised).square().mean().item()
+
+
+def test_each_codebook_takes_from_the_error_and_all_codes_come_alive():
+    torch.manual_seed(0)
+    centres = torch.randn(40, 8) * 3 + 5
+    vq, mask = ResidualVQ(8, 4, 32), torch.ones(4, 60, dtype=torch.bool)
+    for _ in range(80):
+        x = centres[torch.randint(40, (4, 60))] + 0.3 * torch.randn(4, 60, 8)
+        vq(x, mask, torch.ones(4))
+        vq.update()
+    before = vq.counts.clone()
+    error = [squared_error(vq, x, vq.eval()(x, mask, torch.full((4,), number))) for number in range(6)]
+    assert error[0] == pytest.approx(1, abs=0.1) and error[4] == error[5]  # more codebooks than there are: all of them
+    assert error[1] < 0.2 and error[2] < error[1] / 3 and error[2] > error[3] > error[4]
+    vq.train()(x, mask, torch.ones(4))
+    assert before.min() > 0 and ((vq.collected[1][:2] > 0).sum(1) > 20).all()
+
+
+def test_codes_that_nothing_chooses_any_more_are_replaced():
+    def codes_in_use(dead):
+        torch.manual_seed(0)
+        vq, mask = ResidualVQ(4, 1, 8), torch.ones(4, 30, dtype=torch.bool)
+        vq.dead = dead
+        for centres, steps in ((torch.randn(8, 4), 100), (torch.randn(8, 4) + 4, 500)):
+            for _ in range(steps):
+                vq(centres[torch.randint(8, (4, 30))] + 0.05 * torch.randn(4, 30, 4), mask, torch.ones(4))
+                chosen = vq.collected[1]
+                vq.update()
+        return int((chosen > 0).sum())
+
+    assert codes_in_use(ResidualVQ.dead) >= 7 and codes_in_use(1e-6) <= 5
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """Trains two embedders at once, each on its own half of every batch, with collectives between two threads."""
+    barrier, box, here = threading.Barrier(2, timeout=30), [None, None], threading.local()
+
+    def gather(value):
+        box[here.rank] = value
+        barrier.wait()
+        found = list(box)
+        barrier.wait()
+        return found
+
+    def run(rank, embedder, batches):
+        here.rank = rank
+        train(embedder, [batch[:3] if rank == 0 else batch[3:] for batch in batches])
+
+    def call(embedders, batches):
+        monkeypatch.setattr(common, "sum_over_ranks", lambda tensor: sum(gather(tensor)))
+        monkeypatch.setattr(common, "concat_over_ranks", lambda tensor: torch.cat(gather(tensor)))
+        threads = [threading.Thread(target=run, args=(rank, embedders[rank], batches)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return call
+
+
+def test_micro_batches_and_ranks_make_the_same_run(codec, two_ranks):
+    batches = [[style(6 * step + i) if (step, i) != (1, 1) else None for i in range(6)] for step in range(4)]
+    batches += [[None] * 3 + [style(90 + i) for i in range(3)], [None] * 6, [style(i) for i in range(6)]]
+    whole, micro, first, second = (make_embedder(codec) for _ in range(4))
+    train(whole, batches)
+    train(micro, [[batch[:2], batch[2:]] for batch in batches])
+    two_ranks([first, second], batches)
+    assert (whole.vq.counts > 0).all()
+    for other in (micro, first):
+        torch.testing.assert_close(state_of(whole), state_of(other), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state_of(first), state_of(second), rtol=0, atol=0)
+
+
+def test_a_discarded_step_leaves_no_trace(embedder):
+    before = state_of(embedder)
+    embedder.train()
+    embedder(*embedder.prepare([style(0), style(1)]))
+    embedder.vq.discard()
+    torch.testing.assert_close(state_of(embedder), before, rtol=0, atol=0)
+    train(embedder, [[None, None]])
+    torch.testing.assert_close(state_of(embedder), before, rtol=0, atol=0)
+
+
+def test_a_run_resumes_bit_for_bit_from_its_state(embedder):
+    styles = [style(3), None, style(4, codebooks=2)]
+    with torch.device("meta"):
+        resumed = make_embedder()
+    resumed.to_empty(device="cpu")
+    resumed.load_state_dict(embedder.state_dict())
+    for part in (embedder, resumed):
+        train(part, [styles, styles])
+    assert set(state_of(embedder)) == {"moments", "counts", "sums"}
+    torch.testing.assert_close(resumed.state_dict(), embedder.state_dict(), rtol=0, atol=0)
+    assert torch.equal(*(part.eval()(*part.prepare(styles)) for part in (embedder, resumed)))
+
+
+def test_the_number_of_codebooks_chooses_how_closely_the_style_is_followed(embedder):
+    one, all_of_them, many, none_given = embedder(*embedder.prepare([style(0, 75, n) for n in (1, 4, 9, None)]))
+    assert not torch.allclose(one, all_of_them)
+    torch.testing.assert_close(many, all_of_them)
+    torch.testing.assert_close(none_given, all_of_them)
+
+
+def test_under_autocast_statistics_stay_in_float32(embedder):
+    exact = state_of(embedder)
+    with torch.autocast("cpu", torch.bfloat16):
+        train(embedder, [[style(0), None]])
+        prefix = embedder(*embedder.prepare([style(0), None]))
+    prefix.float().square().sum().backward()
+    assert prefix.isfinite().all() and all(p.grad.isfinite().all() for p in embedder.parameters())
+    assert all(tensor.dtype == torch.float32 for tensor in state_of(embedder).values())
+    frames = int(embedder.prepare([style(0)])[1].sum())
+    expected = 0.99 * exact["moments"][0] + frames
+    torch.testing.assert_close(embedder.vq.moments[0], expected)

@@ -5,7 +5,8 @@ import pytest
 from conftest import ROOT
 
 import config
-from config import Settings, UserError, load
+from common import UserError
+from config import Settings, check_batch, load
 
 
 def test_files_then_command_line():
@@ -39,7 +40,7 @@ def test_every_config_file_loads(path):
         (["--samples=-1"], "samples = -1: must be 0 or above"),
         (["--clip=nan"], "clip must be float"),
         (["--segment=0"], "must be above 0"),
-        (["--pattern=zigzag"], "choose one of delay, parallel, unrolled"),
+        (["--parallel=dpp"], "choose one of ddp, fsdp"),
         (["config/nothing.py"], "no such config file; there are config/demo.py"),
     ],
 )
@@ -65,10 +66,16 @@ def test_bad_settings_in_a_file_name_the_file(tmp_path):
 
 
 def test_help_lists_every_setting_with_default_and_comment():
-    shown = re.findall(r"--(\w+) +(\S.*?)  +(\S.+)", config.table())
+    shown = re.findall(r"--(\w+) +(\S.*?)  +(\S.+)", config.describe_settings())
     assert [name for name, _, _ in shown] == [field.name for field in dataclasses.fields(Settings)]
 
 
 def test_every_setting_is_read_somewhere():
     source = "".join(path.read_text() for path in ROOT.glob("*.py"))
     assert [name for name in config.FIELDS if not re.search(rf"\b(s|settings)\.{name}\b", source)] == []
+
+
+def test_a_batch_that_does_not_divide_is_told_the_nearest_sizes():
+    with pytest.raises(UserError, match=r"2 processes x micro_batch = 3; .*--batch_size=6 or .*=12 or --micro_batch=2"):
+        check_batch(8, 3, 2)
+    check_batch(8, 2, 4)

@@ -1,105 +1,101 @@
-import json
-import shutil
-import time
-from pathlib import Path
+"""Shards to batches: a pure function of (seed, step), the same for any number of ranks."""
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from conftest import finish, start
 
-import data
-from codec import load_codec
+from codec import load_audio
+from common import UserError
 from conditioning import melody_of
-from config import Settings, UserError
-from data import Tokens, load_audio, prepare, unigram_ce
-
-TONE = 0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * 22_050) / 22_050)
+from config import Settings
+from data import Tokens, TrainingSteps, loader, unigram_ce, valid_batches
 
 
 def settings(**overrides):
-    return Settings(batch_size=6, **overrides)
+    return Settings(**{"batch_size": 6, **overrides})
 
 
-def test_shards_hold_what_the_codec_says(corpus, dataset):
-    codec = data.load_codec("tiny")
-    manifest = {entry["path"]: entry for entry in map(json.loads, open(corpus / "manifest.jsonl"))}
-    for split in ("train", "valid"):
-        tokens = Tokens(dataset, split)
-        for track in tokens.tracks:
-            expected = codec.encode(load_audio(corpus / track["name"], 16_000)[None])[0].T.numpy()
-            assert (tokens.codes(track) == expected).mean() > 0.999
-            assert track["caption"] == manifest[track["name"]]["caption"]
-            assert track["metadata"] == manifest[track["name"]]["attributes"]
-    meta = json.loads((dataset / "meta.json").read_text())
-    assert meta["train"]["tracks"] + meta["valid"]["tracks"] == 16 and meta["codec"]["id"] == codec.id
+def drawn(tokens, step, T, **overrides):
+    """A step's whole batch: (codes, valid, scored, conditions), and the tracks that it is from."""
+    items = tokens.draw(step, T, settings(**overrides))
+    return *tokens.collate(items, T), [track for track, _, _ in items]
 
 
-def test_batch_is_a_pure_function_of_seed_and_step(dataset):
+def test_a_batch_is_a_pure_function_of_seed_and_step(dataset):
     tokens, again = Tokens(dataset, "train"), Tokens(dataset, "train")
     for step in (0, 7):
-        a, b = tokens.batch(step, settings(), T=100), again.batch(step, settings(), T=100)
-        assert torch.equal(a.codes, b.codes) and torch.equal(a.valid, b.valid) and a.conditions == b.conditions
-    assert not torch.equal(tokens.batch(0, settings(), 100).codes, tokens.batch(1, settings(), 100).codes)
-    assert not torch.equal(tokens.batch(0, settings(), 100).codes, tokens.batch(0, settings(seed=1), 100).codes)
+        (a, valid, _, conditions, _), (b, *rest) = drawn(tokens, step, 100), drawn(again, step, 100)
+        assert torch.equal(a, b) and torch.equal(valid, rest[0]) and conditions == rest[2]
+    assert not torch.equal(drawn(tokens, 0, 100)[0], drawn(tokens, 1, 100)[0])
+    assert not torch.equal(drawn(tokens, 0, 100)[0], drawn(tokens, 0, 100, seed=1)[0])
+
+
+@pytest.mark.parametrize("world_size, micro_batch", [(1, 0), (1, 2), (2, 0), (2, 1), (3, 2)])
+def test_ranks_and_micro_batches_share_out_the_same_batch(dataset, world_size, micro_batch):
+    tokens, s = Tokens(dataset, "train"), settings(micro_batch=micro_batch, style=True)
+    codes, valid, scored, conditions, _ = drawn(tokens, 5, 100, style=True)
+    shares = [TrainingSteps(tokens, list, 100, s, rank, world_size)[5] for rank in range(world_size)]
+    parts = [batch for share in shares for batch in share.micro_batches]
+    assert len(parts) == (6 // micro_batch if micro_batch else world_size)
+    for number, whole in enumerate((codes, valid, scored)):
+        assert torch.equal(torch.cat([batch[number] for batch in parts]), whole)
+    assert [sample["text"] for batch in parts for sample in batch.inputs] == [sample["text"] for sample in conditions]
+    assert all(torch.equal(share.scored_items, scored.sum(0)) for share in shares)
+
+
+def test_the_loader_gives_the_steps_from_the_first_on(dataset):
+    steps = TrainingSteps(Tokens(dataset, "train"), list, 100, settings(steps=5))
+    found = list(loader(steps, 2, torch.device("cpu")))
+    assert len(found) == 3
+    for step, ours in zip((2, 3, 4), found):
+        assert torch.equal(ours.micro_batches[0].codes, steps[step].micro_batches[0].codes)
+    repeated = list(
+        loader(TrainingSteps(steps.tokens, list, 100, settings(steps=2, one_batch=True)), 0, torch.device("cpu"))
+    )
+    assert torch.equal(repeated[0].micro_batches[0].codes, repeated[1].micro_batches[0].codes)
 
 
 def test_short_tracks_are_padded_and_masked(dataset):
     tokens = Tokens(dataset, "train")
-    batch = tokens.batch(0, settings(), T=2000)
-    for codes, valid, track in zip(batch.codes, batch.valid, batch.tracks):
-        assert valid.sum() == track["frames"] and valid[: track["frames"]].all()
+    for codes, valid, scored, _, track in zip(*drawn(tokens, 0, 2000)):
+        assert valid.sum() == track["frames"] and valid[: track["frames"]].all() and torch.equal(valid, scored)
         assert np.array_equal(codes[:, valid].T.numpy(), tokens.codes(track))
         assert (codes[:, ~valid] == 0).all()
 
 
 def test_a_style_excerpt_leaves_the_loss_and_a_melody_is_the_segments_own(dataset):
     tokens = Tokens(dataset, "train")
-    batch = tokens.batch(0, settings(melody=True, style=True, style_dropout=0.5, melody_dropout=0.5), T=400)
-    assert {"style" in sample for sample in batch.conditions} == {True, False}
-    for row, (sample, track) in enumerate(zip(batch.conditions, batch.tracks)):
-        left_out = batch.valid[row] & ~batch.scored[row]
+    with_all = dict(melody=True, style=True, style_dropout=0.5, melody_dropout=0.5)
+    codes, valid, scored, conditions, tracks = drawn(tokens, 0, 400, **with_all)
+    assert {"style" in sample for sample in conditions} == {True, False}
+    for row, (sample, track) in enumerate(zip(conditions, tracks)):
+        left_out = valid[row] & ~scored[row]
         if "style" in sample:
-            codes, books = sample["style"]
-            assert torch.equal(batch.codes[row][:, left_out], codes) and 75 <= codes.shape[1] <= 200
-            assert left_out.nonzero().diff(dim=0).eq(1).all() and 1 <= books <= 6
+            excerpt, codebooks = sample["style"]
+            assert torch.equal(codes[row][:, left_out], excerpt) and 75 <= excerpt.shape[1] <= 200
+            assert left_out.nonzero().diff(dim=0).eq(1).all() and 1 <= codebooks <= 6
         else:
             assert not left_out.any()
         if "melody" in sample:
-            wav = load_audio(track["path"], 16_000)
-            whole = melody_of(wav[0], 16_000)
-            (start,) = [first for first in range(len(tokens.codes(track)))
-                        if np.array_equal(tokens.codes(track, first, 400).T, batch.codes[row, :, batch.valid[row]])
-                        ][:1]  # fmt: skip
+            whole = melody_of(load_audio(track["path"], 16_000)[0], 16_000)
+            ours = codes[row, :, valid[row]].numpy()
+            start = next(first for first in range(track["frames"])
+                         if np.array_equal(tokens.codes(track, first, 400).T, ours))  # fmt: skip
             middles = (start / 50 + (np.arange(64) + 0.5) / 8) * 8
             expected = [int(whole[int(at)]) if at * 50 / 8 < track["frames"] else 12 for at in middles]
             assert np.mean(sample["melody"] == np.array(expected)) > 0.95
-    assert torch.equal(batch.everywhere, batch.scored)
 
 
-def test_a_melody_may_come_from_a_stem(tmp_path):
-    low, high = (0.3 * np.sin(2 * np.pi * hertz * np.arange(64_000) / 16_000) for hertz in (220, 329.63))
-    for name, wav in (("mix", low), ("stem", high[:32_000]), ("other", low)):
-        soundfile.write(tmp_path / f"{name}.wav", wav, 16_000)
-    lines = [dict(path="mix.wav", caption="x", melody_from="stem.wav"), dict(path="other.wav", caption="y")]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data.prepare(tmp_path / "m.jsonl", tmp_path / "out", workers=1)
-    found = {}
-    for tokens in (Tokens(tmp_path / "out", "train"), Tokens(tmp_path / "out", "valid")):
-        found |= {Path(track["name"]).stem: tokens.melody(track, 0, 200) for track in tokens.tracks}
-        assert "melody_from" not in tokens.tracks[0]["metadata"]
-    assert set(found["mix"][:15]) == {4} and set(found["mix"][17:]) == {12} and set(found["other"]) == {9}
-    (tmp_path / "m.jsonl").write_text(json.dumps({**lines[0], "melody_from": "gone.wav"}))
-    with pytest.raises(UserError, match="line 1: melody_from .*gone.wav: no such file"):
-        data.prepare(tmp_path / "m.jsonl", tmp_path / "more")
-
-
-def test_validation_covers_every_held_out_frame_once(dataset):
+def test_validation_covers_every_held_out_frame_once_on_any_number_of_ranks(dataset):
     tokens = Tokens(dataset, "valid")
-    batches = list(tokens.batches(100, 3, settings(valid_items=0)))
-    assert sum(int(batch.valid.sum()) for batch in batches) == sum(track["frames"] for track in tokens.tracks)
-    assert sum(len(batch.codes) for batch in tokens.batches(100, 3, settings(valid_items=4))) == 4
+    frames = sum(track["frames"] for track in tokens.tracks)
+    for world_size in (1, 2, 5):
+        shares = [list(valid_batches(tokens, list, 100, 3, settings(valid_items=0), rank, world_size))
+                  for rank in range(world_size)]  # fmt: skip
+        assert sum(int(batch.valid.sum()) for share in shares for batch in share) == frames
+        assert len({len(share) for share in shares}) == 1, "FSDP needs as many batches on every rank"
+    some = valid_batches(tokens, list, 100, 3, settings(valid_items=4))
+    assert sum(len(batch.codes) for batch in some) == 4
 
 
 def test_unigram_ce_is_the_entropy_of_the_histogram(dataset):
@@ -111,121 +107,6 @@ def test_unigram_ce_is_the_entropy_of_the_histogram(dataset):
     assert by_hand > -(q[q > 0] / q.sum() * np.log(q[q > 0] / q.sum())).sum(), "the held-out side's own entropy"
 
 
-def test_folder_of_many_formats_with_bad_files_listed(tmp_path):
-    music = tmp_path / "music"
-    (music / "deep").mkdir(parents=True)
-    soundfile.write(music / "a.wav", TONE, 22_050)
-    soundfile.write(music / "b.flac", np.stack([TONE, TONE * 0.5], 1), 44_100)
-    soundfile.write(music / "deep" / "c.mp3", np.tile(TONE, 2), 48_000)
-    soundfile.write(music / "d.ogg", TONE, 22_050)
-    soundfile.write(music / "e.opus", np.tile(TONE, 2), 48_000, format="OGG", subtype="OPUS")
-    soundfile.write(music / "silent.wav", 0 * TONE, 22_050)
-    soundfile.write(music / "short.wav", TONE[:5000], 22_050)
-    soundfile.write(music / "nan.wav", np.where(TONE > 0.29, np.nan, TONE).astype(np.float32), 22_050, subtype="FLOAT")
-    (music / "corrupt.wav").write_bytes(b"RIFF no audio")
-    (music / "notes.pdf").write_bytes(b"not music")
-    (music / "a.txt").write_text("a pure\ntone\n")
-    (music / "b.json").write_text('{"caption": "two tones", "genre": "test"}')
-    prepare(music, tmp_path / "out", workers=1, valid_fraction=0.2)
-    tracks = {t["name"]: t for split in ("train", "valid") for t in Tokens(tmp_path / "out", split).tracks}
-    assert set(tracks) == {"a.wav", "b.flac", "deep/c.mp3", "d.ogg", "e.opus"}
-    assert tracks["a.wav"]["caption"] == "a pure tone" and tracks["a.wav"]["frames"] == 100
-    assert tracks["b.flac"]["metadata"] == {"genre": "test"} and tracks["b.flac"]["frames"] == 50
-    reasons = {json.loads(line)["path"].split("/")[-1]: json.loads(line)["reason"]
-               for line in open(tmp_path / "out" / "skipped.jsonl")}  # fmt: skip
-    assert set(reasons) == {"silent.wav", "short.wav", "nan.wav", "corrupt.wav"}
-    assert "silent" in reasons["silent.wav"] and "shorter than" in reasons["short.wav"]
-    assert "not numbers" in reasons["nan.wav"] and "cannot be read" in reasons["corrupt.wav"]
-
-
-def test_adding_tracks_moves_none_to_the_other_side():
-    tracks = [dict(name=f"{i}.wav") for i in range(300)]
-    held_out = data.split_tracks(tracks, 0.1)
-    assert 10 < len(held_out) < 60
-    assert data.split_tracks(tracks[:150], 0.1) == held_out & {track["name"] for track in tracks[:150]}
-    assert len(data.split_tracks(tracks[:2], 0.0)) == 1 == len(data.split_tracks(tracks[:2], 1.0))
-
-
-def test_killed_in_the_middle_it_goes_on_and_ends_the_same(corpus, dataset, tmp_path):
-    args = (
-        "prepare",
-        corpus / "manifest.jsonl",
-        "--out",
-        tmp_path / "out",
-        "--workers",
-        "1",
-        "--valid_fraction",
-        "0.2",
-    )
-    process = start("data.py", *args)
-    journal = tmp_path / "out.partial" / "journal.jsonl"
-    while not (journal.exists() and len(journal.read_text().splitlines()) >= 3) and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    done = len(journal.read_text().splitlines())
-    assert 3 <= done < 16 and not (tmp_path / "out").exists()
-    with open(journal, "a") as file:
-        file.write('{"frames": 40')  # a line that the kill cut off
-    output = finish(start("data.py", *args))
-    assert f"{done}/16" in output or f"{round(100 * done / 16)}%" in output
-    for name in (
-        "train_000.npy",
-        "train_000.jsonl",
-        "train_000_melody.npy",
-        "valid_000.npy",
-        "valid_000.jsonl",
-        "tokenizer.model",
-    ):
-        assert (tmp_path / "out" / name).read_bytes() == (dataset / name).read_bytes(), name
-    assert "is prepared already" in finish(start("data.py", *args))
-
-
-def test_stopped_at_its_last_moment_it_ends_with_data_that_is_whole(corpus, tmp_path, monkeypatch):
-    usual = data.write_json
-
-    def stop(path, value):
-        usual(path, value)
-        if path.name == "meta.json":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(data, "write_json", stop)
-    with pytest.raises(KeyboardInterrupt):
-        data.prepare(corpus / "manifest.jsonl", tmp_path / "out", workers=1)
-    (tmp_path / "out.partial" / ".DS_Store").write_bytes(b"")
-    monkeypatch.setattr(data, "write_json", usual)
-    data.prepare(corpus / "manifest.jsonl", tmp_path / "out", workers=1)
-    assert data.damage(tmp_path / "out") == []
-
-
-def test_files_are_encoded_many_at_once_as_one_by_one(corpus):
-    """As on a GPU, and of any length: tracks that are left out keep their place."""
-    codec = load_codec("tiny")
-    wavs = [torch.rand(1, samples) - 0.5 for samples in (16_000, 40_000, 16_000, 700)]
-    found = [(wav.numpy(), np.zeros(3)) for wav in wavs]
-    encoded = data.encode(codec, [found[0], "silent", *found[1:]])
-    assert encoded[1] == "silent" and len(encoded) == 5
-    for (codes, _), wav in zip([encoded[0], *encoded[2:]], wavs):
-        alone = codec.encode(wav[None])[0].T.numpy()
-        assert codes.dtype == np.uint16 and codes.shape == alone.shape and (codes == alone).mean() > 0.99
-
-
-def test_check_finds_what_is_wrong(own_dataset, capsys):
-    assert data.check(own_dataset) == 0 and "no problems" in capsys.readouterr().out
-    train = np.load(own_dataset / "train_000.npy")
-    train[300, 2] = 512
-    np.save(own_dataset / "train_000.npy", train)
-    assert data.check(own_dataset) == 2
-    said = capsys.readouterr().out
-    assert "token 512 at frame" in said and "train_000.npy: is gone, or not as it was prepared" in said
-    meta = json.loads((own_dataset / "meta.json").read_text())
-    for suffix in (".npy", "_melody.npy", ".jsonl"):  # the training side stands on both sides
-        shutil.copy(own_dataset / f"train_000{suffix}", own_dataset / f"valid_000{suffix}")
-    (own_dataset / "meta.json").write_text(json.dumps({**meta, "valid": meta["train"]}))
-    assert data.check(own_dataset) == 2 + 4 + meta["train"]["tracks"]
-    assert "is the same music as" in capsys.readouterr().out
-
-
 def test_where_a_row_begins_does_not_follow_from_which_track_it_is(dataset):
     """Over many steps, place in the data and place in the track are unrelated: each row has numbers of its own."""
     tokens = Tokens(dataset, "train")
@@ -234,8 +115,8 @@ def test_where_a_row_begins_does_not_follow_from_which_track_it_is(dataset):
         for step in range(150):
             rng = np.random.default_rng([0, step])
             tracks.append(rng.integers(tokens.ends[-1], size=6)[row])
-            batch = tokens.batch(step, settings(), T=20)
-            codes, track = batch.codes[row].T.numpy(), batch.tracks[row]
+            batch, *_, of = drawn(tokens, step, 20)
+            codes, track = batch[row].T.numpy(), of[row]
             windows = np.lib.stride_tricks.sliding_window_view(tokens.codes(track), 20, axis=0).transpose(0, 2, 1)
             starts.append(int((windows == codes).all((1, 2)).argmax()) / track["frames"])
         assert abs(np.corrcoef(tracks, starts)[0, 1]) < 0.3
@@ -246,7 +127,7 @@ def test_token_out_of_range_is_refused_by_name(own_dataset):
     train[:, 1] = 600
     np.save(own_dataset / "train_000.npy", train)
     with pytest.raises(UserError, match="holds token 600, and tiny ends at 511"):
-        Tokens(own_dataset, "train").batch(0, settings(), 100)
+        drawn(Tokens(own_dataset, "train"), 0, 100)
 
 
 def test_a_truncated_shard_is_refused(own_dataset):

@@ -19,23 +19,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report
 import soundfile
 import torch
-from checkpoint import read_checkpoint, save_checkpoint
-from conftest import ROOT, TOY, without_checksums
+from conftest import ROOT, TOY
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 import config
 import data
+import prepare
 import sample
 import train
 from codec import file_name, load_audio, load_codec
+from common import UserError, load_checkpoint, save_checkpoint
 from conditioning import TextEmbedder, merge_text
-from config import Settings, UserError
+from config import Settings
 from model import MusicLM
 from patterns import make_pattern
+from tools import report
 
 IN_PLACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 MOST = 400  # characters of an error message, the paths of the tests among them
@@ -90,7 +91,7 @@ def test_any_delays_are_taken_or_refused(name, K, delays):
 def model():
     torch.manual_seed(0)
     s = Settings(dim=16, heads=2, layers=1, text_dim=16, text_heads=2, text_layers=1, segment=0.2)
-    return MusicLM(s, dict(K=4, card=8, frame_rate=50, dim=8), data.train_tokenizer([], 300)).eval()
+    return MusicLM(s, dict(K=4, card=8, frame_rate=50, dim=8), prepare.train_tokenizer([], 300)).eval()
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 12), st.integers(0, 2**32))
@@ -99,7 +100,7 @@ def test_the_loss_of_any_mask_is_that_of_aligned_logits(model, drawn, B, T, seed
     valid, scored = (torch.tensor(drawn.draw(flags)).view(B, T) for _ in range(2))
     scored &= valid
     codes = torch.randint(8, (B, 4, T), generator=torch.Generator().manual_seed(seed))
-    inputs = model.conditioner.prepare([{}] * B, "cpu")
+    inputs = model.conditioner.prepare([{}] * B)
     with torch.no_grad():
         ce_sum, count = model(codes, valid, scored, inputs)
         shown = codes.masked_fill(~valid[:, None], model.special)
@@ -165,7 +166,7 @@ def music(folder):
 def test_any_manifest_is_read_or_refused(tmp_path, lines, captions):
     manifest = music(tmp_path / "m") / "manifest.jsonl"
     manifest.write_bytes(b"\n".join(lines))
-    tracks = works_or_explains(lambda: data.find_tracks(manifest, captions)) or []
+    tracks = works_or_explains(lambda: prepare.find_tracks(manifest, captions)) or []
     assert all(type(track["caption"]) is str and type(track["metadata"]) is dict for track in tracks)
     for track in tracks:
         merge_text(track["caption"], track["metadata"], np.random.default_rng(0))
@@ -178,7 +179,7 @@ def test_any_sidecar_is_read_or_refused(tmp_path, about, caption):
     folder = music(tmp_path / "m")
     (folder / "a.json").write_bytes(about)
     (folder / "b.txt").write_bytes(caption)
-    tracks = works_or_explains(lambda: data.find_tracks(folder, False))
+    tracks = works_or_explains(lambda: prepare.find_tracks(folder, False))
     assert tracks is None or len(tracks) == 2
 
 
@@ -260,13 +261,13 @@ def test_a_damaged_data_set_is_refused_or_gives_batches(dataset, tmp_path, drawn
     s = Settings(batch_size=4, valid_items=0)
 
     def use():
-        data.damage(folder)
-        sides = [data.Tokens(folder, split) for split in ("train", "valid")]
+        prepare.find_damage(folder)
+        splits = [data.Tokens(folder, split) for split in ("train", "valid")]
         unigram = data.unigram_ce(folder)
         assert unigram.shape == (4,) and np.isfinite(unigram).all() and (unigram >= 0).all()
-        TextEmbedder(8, data.read_tokenizer(folder), 8, 2, 1, 16).prepare(["fast bells"], "cpu")
-        data.fingerprint(folder)
-        return [sides[0].batch(0, s, 50), *sides[1].batches(50, 4, s)]
+        TextEmbedder(8, data.read_tokenizer(folder), 8, 2, 1, 16).prepare(["fast bells"])
+        (drawn_batch,) = data.TrainingSteps(splits[0], list, 50, s)[0].micro_batches
+        return [drawn_batch, *data.valid_batches(splits[1], list, 50, 4, s)]
 
     for batch in works_or_explains(use) or []:
         assert batch.codes.min() >= 0 and batch.codes.max() < 512
@@ -290,28 +291,27 @@ def saved(tmp_path_factory):
 
 @IN_PLACE
 @given(st.data())
-def test_a_damaged_checkpoint_is_refused_or_is_what_was_saved(saved, tmp_path, drawn):
+def test_a_damaged_checkpoint_is_refused_or_of_the_same_names(saved, tmp_path, drawn):
     content, state = saved
     path = tmp_path / "best.pt"
     path.write_bytes(damaged(drawn.draw, content))
-    read = works_or_explains(lambda: read_checkpoint(path, "best"))
-    if read is not None:
-        assert read["step"] == 3 and read["settings"] == {"dim": 32} and read["tokenizer"] == b"abc"
-        torch.testing.assert_close(read["model"], state, rtol=0, atol=0)
+    read = works_or_explains(lambda: load_checkpoint(path, ["best"]))
+    if read is not None:  # a flipped bit in the weights themselves is not looked for
+        assert read.keys() >= {"kind", "nanomusicgen"}
 
 
 @pytest.mark.parametrize("tenth", range(10))
 def test_a_checkpoint_cut_at_any_tenth_is_refused(saved, tmp_path, tenth):
     (tmp_path / "best.pt").write_bytes(saved[0][: len(saved[0]) * tenth // 10])
     with pytest.raises(UserError, match="truncated, or not a checkpoint"):
-        read_checkpoint(tmp_path / "best.pt", "best")
+        load_checkpoint(tmp_path / "best.pt", ["best"])
 
 
 def test_a_pickle_in_the_place_of_a_checkpoint_does_not_run(tmp_path):
     path = tmp_path / "best.pt"
     for write in (
         lambda: path.write_bytes(pickle.dumps(Bomb())),
-        lambda: torch.save({"nanomusicgen": 2, "kind": "best", "model": Bomb()}, path),
+        lambda: torch.save({"nanomusicgen": 3, "kind": "best", "model": Bomb()}, path),
         lambda: torch.save(torch.nn.Linear(1, 1), path),
         lambda: torch.save({"somebody": "else's"}, path),
         lambda: torch.save([1], path),
@@ -319,7 +319,7 @@ def test_a_pickle_in_the_place_of_a_checkpoint_does_not_run(tmp_path):
     ):
         write()
         with pytest.raises(UserError):
-            read_checkpoint(path, "best")
+            load_checkpoint(path, ["best"])
     assert not hasattr(sys, "exploded")
 
 
@@ -335,7 +335,7 @@ CAPTIONS = st.one_of(
 @IN_PLACE
 @given(CAPTIONS)
 def test_any_caption_is_heard_and_names_a_file(tmp_path, model, caption):
-    ids, mask = model.conditioner.text.prepare([caption], "cpu")
+    ids, mask = model.conditioner.text.prepare([caption])
     assert ids.shape == mask.shape and ids.shape[1] <= model.conditioner.text.max_tokens
     path = tmp_path / f"{file_name(caption, 7)}.wav"
     path.write_bytes(b"")
@@ -383,14 +383,6 @@ def test_any_log_is_read_or_refused(tmp_path, content):
     works_or_explains(lambda: report.write(tmp_path))
 
 
-@IN_PLACE
-@given(TEXTS)
-def test_any_record_given_to_again_is_read_or_refused(tmp_path, command, content):
-    (tmp_path / "a.json").write_bytes(content)
-    status, output = command(sample, "--again", tmp_path / "a.json")
-    assert status == 2 and "Traceback" not in output and "error: " in output
-
-
 # ------------------------------------------------------------------------------------------------------- limits
 
 
@@ -412,17 +404,18 @@ def test_nothing_is_fetched_and_nothing_written_elsewhere(dataset, tmp_path, com
     before = files(ROOT), files(Path(dataset))
     status, output = command(train, *TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--evaluate_clips=2")
     assert status == 0, output
-    wanted = ("bells", "--duration", 1, "--out", tmp_path / "clips", "--spectrogram")
+    wanted = ("bells", "--duration", 1, "--out", tmp_path / "clips")
     status, output = command(sample, tmp_path / "out" / "best.pt", *wanted)
     assert status == 0, output
-    assert (files(ROOT), files(Path(dataset))) == before and not any([*here.iterdir(), *scratch.iterdir()])
-    assert len(list((tmp_path / "clips").iterdir())) == 3
+    assert (files(ROOT), files(Path(dataset))) == before and not any(here.iterdir())
+    assert {path.name.partition("_")[0] for path in scratch.iterdir()} <= {"torchinductor"}  # torch's own
+    assert len(list((tmp_path / "clips").iterdir())) == 2
 
 
 @pytest.mark.skipif(not shutil.which("prlimit"), reason="needs prlimit")
 def test_training_on_data_larger_than_memory(dataset, tmp_path):
     """32 GB of tokens, with 2 GB of memory that is not a map of a file: shards are read where batches need them."""
-    folder = without_checksums(Path(shutil.copytree(dataset, tmp_path / "large")))
+    folder = Path(shutil.copytree(dataset, tmp_path / "large"))
     frames, pieces = 2**32, 512
     for name, dtype, shape in (("", np.uint16, (frames, 4)), ("_melody", np.uint8, (frames,))):
         np.lib.format.open_memmap(folder / f"train_000{name}.npy", "w+", dtype, shape)  # a sparse file, all zeros
@@ -437,4 +430,4 @@ def test_training_on_data_larger_than_memory(dataset, tmp_path):
     args = [*TOY, f"--data={folder}", f"--out={tmp_path / 'out'}", "--samples=0"]
     done = subprocess.run(["prlimit", f"--data={2 * 2**30}", sys.executable, "train.py", *args], cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0 and "best at step" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "listen:" in done.stdout, done.stdout + done.stderr

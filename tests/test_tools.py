@@ -1,10 +1,15 @@
-"""bench.py at toy size, its arithmetic against known times."""
+"""The tools at toy size, their arithmetic against known cases."""
 
 import sys
 
-import bench
 import pytest
 import torch
+
+from config import Settings
+from model import Block
+from tools import bench
+from tools import estimate as estimating
+from tools.estimate import activation_bytes, estimate
 
 TOY = "--size tiny --train_batch 1 --train_frames 12 --generate_batch 2 --generate_frames 6 --dtype float32 --repeats 1"
 
@@ -80,3 +85,44 @@ def test_bad_input_is_refused(command):
     assert status == 2 and "there is no 'trian'" in output
     status, output = command(bench, "--generate_batch", "one")
     assert status == 2 and "invalid numbers value" in output
+
+
+@pytest.mark.parametrize("low, dtype", [(4, torch.float32), (2, torch.bfloat16)])
+def test_the_estimate_of_activations_is_what_autograd_keeps(low, dtype):
+    B, S, s, kept = 2, 200, Settings(dim=128, heads=2), {}
+    block = Block(s.dim, s.heads)
+    x, states, mask = torch.randn(B, S, s.dim, requires_grad=True), torch.randn(B, 4, s.dim), torch.ones(B, 1, 1, 4) > 0
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if (
+            storage.data_ptr() not in weights and B in tensor.shape or B * S in tensor.shape
+        ):  # not a weight, nor its cast
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype, enabled=low == 2):
+        block(x, states, mask)
+    assert sum(kept.values()) == pytest.approx(B * activation_bytes(s, S, low), rel=0.05)
+
+
+def test_the_estimate_allocates_nothing_and_knows_small(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "to_empty", None)
+    args = ["config/large.py", "--parallel=fsdp", "--dtype=bfloat16", f"--out={tmp_path / 'out'}"]
+    status, output = command(estimating, *args, "--processes=8")
+    assert status == 0 and "3,252.8M parameters" in output and "codec encodec_24khz:3, K 4, card 1024" in output
+    assert not (tmp_path / "out").exists()
+    settings = Settings(dim=1024, heads=16, layers=24, codec="musicgen_32khz", data=str(tmp_path), segment=30, steps=10,
+                        batch_size=8, dtype="bfloat16")  # fmt: skip
+    memory, _ = estimate(settings)
+    assert memory["weights"] == memory["EMA"] == memory["optimizer"] / 2 == memory["gradients"]
+    spread, _ = estimate(Settings(**{**vars(settings), "parallel": "fsdp"}), processes=4)
+    assert spread["weights"] == memory["weights"] / 4 and spread["activations"] == memory["activations"] / 4
+    frozen, printed = estimate(Settings(**{**vars(settings), "freeze": ("embed*", "blocks.*weight", "blocks.*bias"),
+                                           "lora_rank": 16}))  # fmt: skip
+    assert frozen["gradients"] < memory["gradients"] / 10 and "M of them trained" in printed[0]
+    assert command(estimating, "config/demo.py", "--steps=10", "--mfu", "0.3")[0] == 0
+    status, output = command(estimating, "config/demo.py", "--processes=3", "--batch_size=8")
+    assert status == 2 and "batch_size = 8 does not divide by 3 processes" in output
+    assert command(estimating, "--processes=0")[0] == 2

@@ -1,0 +1,210 @@
+"""Conditions to codes: what is cached, batched, streamed, guided and drawn changes nothing that it should not."""
+
+import shutil
+
+import pytest
+import torch
+from models import CODEC, EXCERPTS, ORGAN, PIANO, TOKENIZER, make_model
+
+import generate as generation
+from common import UserError
+from config import Settings
+from generate import choose_codes, condition_groups, generate, guide, optimize, stream
+from model import MusicLM
+
+
+def test_a_condition_that_the_model_was_not_trained_with_is_refused():
+    model = MusicLM(Settings(dim=32, heads=2, layers=1, melody=True), CODEC, TOKENIZER)
+    with pytest.raises(UserError, match="not trained with 'style'; it takes text, melody"):
+        generate(model, [PIANO], 3)
+
+
+def test_a_melody_continues_where_the_window_does():
+    """Past the trained length of 20 frames, the second window hears what its own frames are to follow."""
+    model = make_model()
+    notes = torch.arange(8) % 12
+    given, prepare = [], model.conditioner.prepare
+    model.conditioner.prepare = lambda conditions: given.append(conditions[0]["melody"]) or prepare(conditions)
+    generate(model, [{"melody": notes}], 45, cfg=1.0)
+    assert [row.tolist() for row in given] == [notes[round(first * 8 / 50) :].tolist() for first in (0, 10, 20, 30)]
+
+
+@pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
+@pytest.mark.parametrize("prompted", [False, True])
+def test_cached_generation_equals_uncached(pattern, prompted):
+    """Greedy generation with the cache, against the likeliest code of a full forward pass at every step.
+
+    Guided twice over, by style and text: u + cfg (s + beta (c - s) - u).
+    """
+    model = make_model(pattern=pattern)
+    prompt = torch.randint(0, 64, (1, 4, 5)) if prompted else None
+    codes = generate(model, [ORGAN], 14, prompt, cfg=2.5, cfg_beta=1.7, temperature=0)
+    whole = model.pattern(14)
+    sequence = whole.build(codes, model.special)
+    logits = []
+    for condition in (ORGAN, {**ORGAN, "text": None}, {}):
+        fused = model.conditioner(model.conditioner.prepare([condition]))
+        logits.append(model.logits(model.hidden(sequence, *fused)).transpose(1, 2))
+    c, s, u = logits
+    guided = whole.align_logits(u + 2.5 * (s + 1.7 * (c - s) - u))
+    first = 5 if prompted else 0
+    assert torch.equal(guided.argmax(-1)[:, :, first:], codes[:, :, first:])
+
+
+def test_prompts_of_different_lengths_in_one_batch():
+    model = make_model()
+    prompts = [torch.randint(0, 64, (4, T)) for T in (3, 12, 8)]
+    conditions, options = [PIANO, ORGAN, {}], dict(cfg=2.0, temperature=0)
+    for frames in (15, 33):  # within the trained length, and past it
+        together = generate(model, conditions, frames, prompts, **options)
+        for row, (condition, prompt) in enumerate(zip(conditions, prompts)):
+            assert torch.equal(together[row, :, : prompt.shape[1]], prompt)
+            if frames == 15:
+                assert torch.equal(together[row], generate(model, [condition], frames, prompt[None], **options)[0])
+    sampled = dict(cfg=2.0, temperature=1.0)
+    together = generate(model, conditions, 15, prompts, seeds=[3, 4, 5], **sampled)
+    for row, (condition, prompt) in enumerate(zip(conditions, prompts)):
+        assert torch.equal(together[row], generate(model, [condition], 15, prompt[None], seeds=[3 + row], **sampled)[0])
+
+
+def test_lower_precision_in_generation_stays_close(monkeypatch):
+    """The logits of a step after a prompt, weights in bfloat16 against float32."""
+    found, usual = [], generation.decode_one_step
+    monkeypatch.setattr(generation, "decode_one_step", lambda *args: found.append(usual(*args)) or found[-1])
+    for dtype in (torch.float32, torch.bfloat16):
+        model = optimize(make_model(), dtype)
+        assert model.blocks[0].up.weight.dtype == dtype and model.embed.weight.dtype == torch.float32
+        generate(model, [ORGAN], 6, torch.zeros(1, 4, 5, dtype=torch.int64), cfg=1.0)
+    exact, low = found[0], found[len(found) // 2]
+    assert low.dtype == torch.float32 and not torch.equal(exact, low)
+    assert (exact - low).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_compiled_generation_equals_eager():
+    eager, compiled = (optimize(make_model(layers=1), compiled=compiled) for compiled in (False, True))
+    for frames in (9, 33):  # within the trained length, and past it
+        options = dict(cfg=2.0, temperature=0, prompt=torch.ones(2, 4, 2, dtype=torch.int64))
+        ours, theirs = (generate(model, [ORGAN, {}], frames, **options) for model in (eager, compiled))
+        assert torch.equal(ours, theirs)
+
+
+def test_a_sample_is_the_same_alone_and_in_a_batch():
+    model = make_model()
+    together = generate(model, [PIANO, ORGAN, {}], 15, seeds=[3, 4, 5])
+    for row, (condition, seed) in enumerate(((PIANO, 3), (ORGAN, 4), ({}, 5))):
+        assert torch.equal(generate(model, [condition], 15, seeds=[seed])[0], together[row])
+    assert not torch.equal(generate(model, [PIANO], 15, seeds=[9])[0], together[0])
+
+
+def test_prompt_is_kept_and_length_is_as_asked_past_the_trained_length():
+    model = make_model()  # trained on 20 frames
+    prompt = torch.randint(0, 64, (2, 4, 30))
+    reports = []
+    codes = generate(model, [PIANO, {}], 57, prompt, progress=reports.append)
+    assert codes.shape == (2, 4, 57) and torch.equal(codes[:, :, :30], prompt)
+    assert codes.min() >= 0 and codes.max() < 64
+    assert reports == [30] + 27 * [1]
+    assert torch.equal(codes, generate(model, [PIANO, {}], 57, prompt))
+
+
+def test_a_longer_sample_of_the_same_seed_begins_with_the_shorter_one():
+    """But for the last three frames: where a sample ends, the delayed codebooks see special tokens in the first one."""
+    model = make_model()
+    longest = generate(model, [PIANO, ORGAN], 45, seeds=[3, 4])
+    for frames in (7, 20, 33):
+        shorter = generate(model, [PIANO, ORGAN], frames, seeds=[3, 4])
+        assert torch.equal(shorter[:, :, :-3], longest[:, :, : frames - 3])
+        assert torch.equal(shorter[:, 0], longest[:, 0, :frames])
+
+
+@pytest.mark.parametrize("pattern, steps", [("delay", 4), ("parallel", 1), ("unrolled", 4)])
+@pytest.mark.parametrize("prompted", [False, True])
+def test_frames_are_streamed_as_soon_as_they_are_final(monkeypatch, pattern, steps, prompted):
+    model = make_model(pattern=pattern)
+    calls, usual = [], generation.decode_one_step
+    monkeypatch.setattr(generation, "decode_one_step", lambda *args: calls.append(1) or usual(*args))
+    prompt = torch.randint(0, model.card, (1, 4, 5)) if prompted else None
+    conditions, options = [{"text": "bells"}, {}], dict(prompt=prompt, seeds=[3, 4], stride=6)
+    whole = generate(model, conditions, 33, **options)
+    calls.clear()
+    parts = []
+    for part in stream(model, conditions, 33, **options):
+        parts.append(part)
+        if len(parts) == 1 and not prompted:
+            assert len(calls) == steps
+    assert torch.equal(torch.cat(parts, dim=2), whole) and whole.unique().numel() > 20
+    assert [part.shape[2] for part in parts] == ([5] + 28 * [1] if prompted else 33 * [1])
+
+
+def test_windows_continue_by_the_stride(monkeypatch):
+    model = make_model(segment=1.0)  # trained on 50 frames
+    contexts, usual = [], generation.continue_window
+
+    def watched(model, codes, done, *rest, **options):
+        contexts.append(codes[:, :, :done].clone())
+        return usual(model, codes, done, *rest, **options)
+
+    monkeypatch.setattr(generation, "continue_window", watched)
+    for stride, starts in ((None, [0, 50, 75, 100]), (30, [0, 50, 80]), (10, [0, 50, 60, 70, 80, 90, 100])):
+        contexts.clear()
+        codes = generate(model, [{"text": "bells"}], 110, stride=stride)
+        kept = 50 - (stride or 25)
+        assert codes.shape == (1, 4, 110) and len(contexts) == len(starts)
+        for start, context in zip(starts, contexts):
+            assert torch.equal(context, codes[:, :, max(0, start - kept) : start])
+    for stride in (-1, 50, 60):
+        with pytest.raises(UserError, match="must be above 0 and below the 50 frames of training"):
+            generate(model, [{}], 60, stride=stride)
+
+
+def test_guidance_is_the_formula_of_the_blackboard():
+    both, style, uncond = torch.randn(3, 2, 4, 8)
+    torch.testing.assert_close(guide(torch.stack([both, uncond]), 3.0, None), uncond + 3 * (both - uncond))
+    beta = torch.tensor([2.0, 1.0])[:, None, None]  # the second sample has no style: single guidance is left
+    found = guide(torch.stack([both, style, uncond]), 3.0, beta)
+    torch.testing.assert_close(found[0], uncond[0] + 3 * (style[0] + 2 * (both[0] - style[0]) - uncond[0]))
+    torch.testing.assert_close(found[1], uncond[1] + 3 * (both[1] - uncond[1]))
+    assert torch.equal(guide(both[None], 3.0, None), both)
+
+
+def test_only_the_groups_that_guidance_needs_are_computed():
+    def groups(conditions, cfg, beta):
+        found, betas = condition_groups(conditions, cfg, beta)
+        return len(found), betas.flatten().tolist()
+
+    assert groups([{}, {"text": None}, {"text": ""}], 3.0, 2.0) == (1, [1, 1, 1])
+    assert groups([PIANO, ORGAN], 1.0, 1.0) == (1, [1, 1])
+    assert groups([PIANO, ORGAN], 3.0, 1.0) == (2, [1, 1])
+    assert groups([PIANO, {"text": "organ"}], 3.0, 2.0) == (3, [2, 1])
+    assert groups([{"text": "organ"}, {"style": (EXCERPTS[0], 1)}], 3.0, 2.0) == (2, [1, 1])
+    (both, style, uncond), _ = condition_groups([PIANO], 3.0, 2.0)
+    assert (both[0].keys(), style[0].keys(), uncond) == (PIANO.keys(), {"melody", "style"}, [{}])
+
+
+def test_choice_follows_the_distribution_within_top_k_and_top_p():
+    probs = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    logits = probs.log().expand(20_000, 1, 4)
+    uniform = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
+
+    def frequencies(**options):
+        codes = choose_codes(logits, uniform, **{"temperature": 1.0, "top_k": 0, "top_p": 0.0, **options})
+        return torch.bincount(codes[:, 0], minlength=4) / 20_000
+
+    torch.testing.assert_close(frequencies(), probs, atol=0.015, rtol=0)
+    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7]), atol=0.015, rtol=0)
+    torch.testing.assert_close(frequencies(top_p=0.6), torch.tensor([0, 4 / 7, 0, 3 / 7]), atol=0.015, rtol=0)
+    torch.testing.assert_close(frequencies(top_p=0.3, top_k=3), torch.tensor([0, 1.0, 0, 0]))
+    assert frequencies(temperature=0)[1] == 1
+    sharp = probs**2 / (probs**2).sum()
+    torch.testing.assert_close(frequencies(temperature=0.5), sharp, atol=0.015, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_agrees_with_cpu_and_compiled_with_eager():
+    on_cpu = generate(make_model(), [PIANO], 45, temperature=0)  # past the trained length, and so in windows
+    on_gpu = generate(make_model().cuda(), [PIANO], 45, temperature=0)
+    compiled = generate(optimize(make_model().cuda(), compiled=True), [PIANO], 45, temperature=0)
+    for codes in (on_gpu, compiled):  # rounding may tip a choice, and with it those after it
+        assert (codes.cpu() == on_cpu).float().mean() > 0.9

@@ -1,0 +1,165 @@
+"""Music to token shards: what is taken, what is left out and why, and that nothing encoded is lost."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import finish, start
+
+import common
+import prepare
+from codec import load_audio, load_codec
+from common import UserError
+from data import Tokens
+
+TONE = 0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * 22_050) / 22_050)
+
+
+def test_shards_hold_what_the_codec_says(corpus, dataset):
+    codec = load_codec("tiny")
+    manifest = {entry["path"]: entry for entry in map(json.loads, open(corpus / "manifest.jsonl"))}
+    for split in ("train", "valid"):
+        tokens = Tokens(dataset, split)
+        for track in tokens.tracks:
+            expected = codec.encode(load_audio(corpus / track["name"], 16_000)[None])[0].T.numpy()
+            assert (tokens.codes(track) == expected).mean() > 0.999
+            assert track["caption"] == manifest[track["name"]]["caption"]
+            assert track["metadata"] == manifest[track["name"]]["attributes"]
+    meta = json.loads((dataset / "meta.json").read_text())
+    assert meta["train"]["tracks"] + meta["valid"]["tracks"] == 16 and meta["codec"]["id"] == codec.id
+
+
+def test_a_melody_may_come_from_a_stem(tmp_path):
+    low, high = (0.3 * np.sin(2 * np.pi * hertz * np.arange(64_000) / 16_000) for hertz in (220, 329.63))
+    for name, wav in (("mix", low), ("stem", high[:32_000]), ("other", low)):
+        soundfile.write(tmp_path / f"{name}.wav", wav, 16_000)
+    lines = [dict(path="mix.wav", caption="x", melody_from="stem.wav"), dict(path="other.wav", caption="y")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare.prepare(tmp_path / "m.jsonl", tmp_path / "out", workers=1)
+    found = {}
+    for tokens in (Tokens(tmp_path / "out", "train"), Tokens(tmp_path / "out", "valid")):
+        found |= {Path(track["name"]).stem: tokens.melody(track, 0, 200) for track in tokens.tracks}
+        assert "melody_from" not in tokens.tracks[0]["metadata"]
+    assert set(found["mix"][:15]) == {4} and set(found["mix"][17:]) == {12} and set(found["other"]) == {9}
+    (tmp_path / "m.jsonl").write_text(json.dumps({**lines[0], "melody_from": "gone.wav"}))
+    with pytest.raises(UserError, match="line 1: melody_from .*gone.wav: no such file"):
+        prepare.prepare(tmp_path / "m.jsonl", tmp_path / "more")
+
+
+def test_folder_of_many_formats_with_bad_files_listed(tmp_path):
+    music = tmp_path / "music"
+    (music / "deep").mkdir(parents=True)
+    soundfile.write(music / "a.wav", TONE, 22_050)
+    soundfile.write(music / "b.flac", np.stack([TONE, TONE * 0.5], 1), 44_100)
+    soundfile.write(music / "deep" / "c.mp3", np.tile(TONE, 2), 48_000)
+    soundfile.write(music / "d.ogg", TONE, 22_050)
+    soundfile.write(music / "e.opus", np.tile(TONE, 2), 48_000, format="OGG", subtype="OPUS")
+    soundfile.write(music / "silent.wav", 0 * TONE, 22_050)
+    soundfile.write(music / "short.wav", TONE[:5000], 22_050)
+    soundfile.write(music / "nan.wav", np.where(TONE > 0.29, np.nan, TONE).astype(np.float32), 22_050, subtype="FLOAT")
+    (music / "corrupt.wav").write_bytes(b"RIFF no audio")
+    (music / "notes.pdf").write_bytes(b"not music")
+    (music / "a.txt").write_text("a pure\ntone\n")
+    (music / "b.json").write_text('{"caption": "two tones", "genre": "test"}')
+    prepare.prepare(music, tmp_path / "out", workers=1, valid_fraction=0.2)
+    tracks = {t["name"]: t for split in ("train", "valid") for t in Tokens(tmp_path / "out", split).tracks}
+    assert set(tracks) == {"a.wav", "b.flac", "deep/c.mp3", "d.ogg", "e.opus"}
+    assert tracks["a.wav"]["caption"] == "a pure tone" and tracks["a.wav"]["frames"] == 100
+    assert tracks["b.flac"]["metadata"] == {"genre": "test"} and tracks["b.flac"]["frames"] == 50
+    reasons = {json.loads(line)["path"].split("/")[-1]: json.loads(line)["reason"]
+               for line in open(tmp_path / "out" / "skipped.jsonl")}  # fmt: skip
+    assert set(reasons) == {"silent.wav", "short.wav", "nan.wav", "corrupt.wav"}
+    assert "silent" in reasons["silent.wav"] and "shorter than" in reasons["short.wav"]
+    assert "not numbers" in reasons["nan.wav"] and "cannot be read" in reasons["corrupt.wav"]
+
+
+def test_adding_tracks_moves_none_to_the_other_split():
+    tracks = [dict(name=f"{i}.wav") for i in range(300)]
+    held_out = prepare.split_tracks(tracks, 0.1)
+    assert 10 < len(held_out) < 60
+    assert prepare.split_tracks(tracks[:150], 0.1) == held_out & {track["name"] for track in tracks[:150]}
+    assert len(prepare.split_tracks(tracks[:2], 0.0)) == 1 == len(prepare.split_tracks(tracks[:2], 1.0))
+
+
+def test_killed_in_the_middle_it_resumes_and_ends_the_same(corpus, dataset, tmp_path):
+    args = (
+        corpus / "manifest.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--workers",
+        "1",
+        "--valid_fraction",
+        "0.2",
+    )
+    process = start("prepare.py", *args)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    while not (journal.exists() and len(journal.read_text().splitlines()) >= 3) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    done = len(journal.read_text().splitlines())
+    assert 3 <= done < 16 and not (tmp_path / "out").exists()
+    with open(journal, "a") as file:
+        file.write('{"frames": 40')  # a line that the kill cut off
+    output = finish(start("prepare.py", *args))
+    assert f"{done}/16" in output or f"{round(100 * done / 16)}%" in output
+    for name in (
+        "train_000.npy",
+        "train_000.jsonl",
+        "train_000_melody.npy",
+        "valid_000.npy",
+        "valid_000.jsonl",
+        "tokenizer.model",
+    ):
+        assert (tmp_path / "out" / name).read_bytes() == (dataset / name).read_bytes(), name
+    assert "is prepared already" in finish(start("prepare.py", *args))
+
+
+def test_stopped_at_its_last_moment_it_ends_with_data_that_is_whole(corpus, tmp_path, monkeypatch):
+    usual = common.write_json
+
+    def stop(path, value):
+        usual(path, value)
+        if path.name == "meta.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(corpus / "manifest.jsonl", tmp_path / "out", workers=1)
+    (tmp_path / "out.partial" / ".DS_Store").write_bytes(b"")
+    monkeypatch.setattr(common, "write_json", usual)
+    prepare.prepare(corpus / "manifest.jsonl", tmp_path / "out", workers=1)
+    assert prepare.find_damage(tmp_path / "out") == []
+
+
+def test_files_are_encoded_many_at_once_as_one_by_one(corpus):
+    """As on a GPU, and of any length: tracks that are left out keep their place."""
+    codec = load_codec("tiny")
+    wavs = [torch.rand(1, samples) - 0.5 for samples in (16_000, 40_000, 16_000, 700)]
+    found = [(wav.numpy(), np.zeros(3)) for wav in wavs]
+    encoded = prepare.encode(codec, [found[0], "silent", *found[1:]])
+    assert encoded[1] == "silent" and len(encoded) == 5
+    for (codes, _), wav in zip([encoded[0], *encoded[2:]], wavs):
+        alone = codec.encode(wav[None])[0].T.numpy()
+        assert codes.dtype == np.uint16 and codes.shape == alone.shape and (codes == alone).mean() > 0.99
+
+
+def test_check_finds_what_is_wrong(own_dataset, capsys):
+    assert prepare.check(own_dataset) == 0 and "no problems" in capsys.readouterr().out
+    train = np.load(own_dataset / "train_000.npy")
+    train[300, 2] = 512
+    np.save(own_dataset / "train_000.npy", train)
+    assert prepare.check(own_dataset) == 2
+    said = capsys.readouterr().out
+    assert "token 512 at frame" in said and "train_000.npy: is gone, or not as it was prepared" in said
+    meta = json.loads((own_dataset / "meta.json").read_text())
+    for suffix in (".npy", "_melody.npy", ".jsonl"):  # the training side stands on both sides
+        shutil.copy(own_dataset / f"train_000{suffix}", own_dataset / f"valid_000{suffix}")
+    (own_dataset / "meta.json").write_text(json.dumps({**meta, "valid": meta["train"]}))
+    assert prepare.check(own_dataset) == 2 + 4 + meta["train"]["tracks"]
+    assert "is the same music as" in capsys.readouterr().out
