@@ -118,17 +118,17 @@ def has_fast_bfloat16(device_type):
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
-def can_compile(device):
-    """Whether there is the compiler that torch.compile needs for code on this device."""
-    if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("gcc", "clang", "cc")))
-    return any(map(shutil.which, ("g++", "clang++", "cl")))
+def refuse_without_compiler(device):
+    """Raises UserError where torch.compile could not make code for this device."""
+    compilers = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++", "clang++", "cl")
+    has_triton = device.type != "cuda" or importlib.util.find_spec("triton")
+    if not has_triton or not any(map(shutil.which, compilers)):
+        raise UserError("compile: needs g++ or clang++, and triton on a GPU; install them, or --compile=never")
 
 
 def compile_blocks(model, device):
     """Has each block compiled at its first use; FSDP's hooks stay outside."""
-    if not can_compile(device):
-        raise UserError("compile: needs g++ or clang++, and triton on a GPU; install it, or --compile=never")
+    refuse_without_compiler(device)
     for block in model.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True)
 

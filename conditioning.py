@@ -275,9 +275,7 @@ class ResidualVQ(nn.Module):
             old.mul_(torch.where(any_style, self.decay, 1.0)).add_(more)
         fair_share = self.moments[0, 0] / self.counts.shape[1]
         is_dead = any_style & (self.counts < self.dead * fair_share)
-        number = (
-            is_dead.cumsum(1) - 1
-        )  # the n-th dead code of a codebook becomes the n-th spare vector, if there is one
+        number = is_dead.cumsum(1) - 1  # a codebook's n-th dead code becomes the n-th spare vector, if there is one
         replaced = is_dead & (number < is_real.sum())
         spare = spare[torch.argsort(~is_real, stable=True)].transpose(0, 1)  # the real ones first
         index = number.clamp(0, spare.shape[1] - 1)[..., None].expand_as(self.sums)

@@ -29,9 +29,6 @@ def load_model(path, device="cpu"):
     return model.eval().requires_grad_(False).to(device), settings, saved["codec"]
 
 
-# ------------------------------------------------------------------------------------------------------ one step
-
-
 class KVCache:
     """One block's keys and values, in buffers of a fixed size [R, H, steps, D / H]; the text's, computed once."""
 
@@ -72,17 +69,12 @@ def decode_one_step(model, tokens, position, states_mask, caches, P, steps, cfg,
     return guide(logits.unflatten(0, (groups, -1)), cfg, beta)
 
 
-# ------------------------------------------------------------------------------------------------------ guidance
-
-
 def condition_groups(conditions, cfg, beta):
     """B dicts -> the groups whose logits `guide` needs, each B dicts, and beta by sample, [B, 1, 1].
 
-    Without conditions, or with cfg 1, there is nothing to guide: one group. Where beta is 1, or no sample has both text
-    and style, `style` is not needed: two groups.
+    One group where there is nothing to guide; two where beta is 1, or no sample has both text and style.
     """
-    conditions = [{name: value for name, value in sample.items() if value is not None and len(value)}
-                  for sample in conditions]  # fmt: skip
+    conditions = [{k: v for k, v in sample.items() if v is not None and len(v)} for sample in conditions]
     betas = torch.tensor([beta if {"text", "style"} <= sample.keys() else 1.0 for sample in conditions])
     groups = [conditions]
     if any(conditions) and (cfg != 1 or (betas != 1).any()):
@@ -119,47 +111,35 @@ def choose_codes(logits, uniform, temperature, top_k, top_p):
         ranked, codes = probs.sort(dim=-1, descending=True)
         probs = torch.zeros_like(probs).scatter(-1, codes, ranked * (ranked.cumsum(-1) - ranked < top_p))
     elif top_k:
-        least = logits.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        probs = probs * (logits >= least)
+        probs = probs * (logits >= logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True))
     cumulative = probs.cumsum(-1)  # in the order of the codes, which rounding never changes, as it does that of ranks
     code = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)
     last = (cumulative < cumulative[..., -1:]).sum(-1)
     return torch.minimum(code, last)
 
 
-# ------------------------------------------------------------------------------------------------------ the whole
-
-
 def optimize(model, dtype=torch.float32, compiled=False):
-    """Has `generate` compute in `dtype`, and compile a step at its first use; returns the model.
-
-    The weights of the matrix products are kept in `dtype` from then on. Raises UserError where nothing can compile.
-    """
+    """Keeps the weights of the products in `dtype`, and has a step compiled at its first use; returns the model."""
     device = model.embed.weight.device
-    if compiled and not common.can_compile(device):
-        raise UserError("--compile: needs a C++ compiler, g++ or clang++; install one, or leave the option out")
     for module in (*model.blocks.modules(), model.heads):
         if isinstance(module, nn.Linear):
             module.to(dtype)
     if compiled:
+        common.refuse_without_compiler(device)
         torch._dynamo.config.recompile_limit = 64  # one for each number of groups, of streams, of conditions
-        # Not to look at each step whether a module has changed saves a twentieth of it.
-        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        options["triton.cudagraphs"] = device.type == "cuda"  # what mode="reduce-overhead" stands for
+        # CUDA graphs, as in mode="reduce-overhead"; not to look for changed modules saves a twentieth of a step
+        options = {"triton.cudagraphs": device.type == "cuda"}
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         model.compiled_step = torch.compile(decode_one_step, fullgraph=True, options=options)
     return model
 
 
-def generate(model, conditions, frames, prompt=None, progress=None, **options):
-    """All that `stream` yields, in one: B dicts of conditions -> codes int64 [B, K, frames].
-
-    progress: called with the number of frames that each stream has got further, bar.update say.
-    """
+def generate(model, conditions, frames, prompt=None, progress=lambda frames: None, **options):
+    """All that `stream` yields, in one: codes int64 [B, K, frames]. progress: told how many frames each part has."""
     parts = []
     for part in stream(model, conditions, frames, prompt, **options):
         parts.append(part)
-        if progress:
-            progress(part.shape[2])
+        progress(part.shape[2])
     return torch.cat(parts, dim=2)
 
 
@@ -176,8 +156,7 @@ def stream(model, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temper
                  trained length, windows go by the shortest prompt)
     stride       past the trained length, windows of that length each add so many frames; by default half of it
     """
-    B, window = len(conditions), model.trained_frames
-    device = model.embed.weight.device
+    B, window, device = len(conditions), model.trained_frames, model.embed.weight.device
     rngs = [torch.Generator().manual_seed(seed) for seed in (seeds or range(B))]
     kept = window - (stride or window // 2)
     if not 0 < kept < window:
@@ -204,15 +183,12 @@ def stream(model, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temper
 
 
 def from_second(start, sample):
-    """A sample's conditions for the window that begins there: what has a place in time is cut off before it."""
+    """A sample's conditions for the window that begins there: the melody is cut."""
     return {name: value[round(start * CHROMA_RATE) :] if name == "melody" else value for name, value in sample.items()}
 
 
 def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_k, top_p):
-    """codes [B, K, T], UNKNOWN where one is to be found -> the frames after the first `done`, [B, K, 1] each.
-
-    rows: R dicts of conditions. Nothing here waits for the device.
-    """
+    """codes [B, K, T], UNKNOWN where one is to be found -> the frames from `done` on, [B, K, 1] each."""
     pattern, device = model.pattern(codes.shape[2]), codes.device
     sequence = pattern.build(codes, model.special)
     first = int(pattern.step[:, done].min())  # the first step that may hold an UNKNOWN
@@ -221,20 +197,19 @@ def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_
     with precision(model):
         states, mask, prefix = model.conditioner(to_device(model.conditioner.prepare(rows), device))
         P, states_mask = prefix.shape[1], mask[:, None, None, :]
-        caches = [KVCache(block, states, round_up(P + pattern.S, 512)) for block in model.blocks]
+        steps = torch.arange(-(-(P + pattern.S) // 512) * 512, device=device)  # in few sizes
+        caches = [KVCache(block, states, len(steps)) for block in model.blocks]
         past = sequence[:, :, : first - 1].repeat(len(rows) // len(codes), 1, 1)
         if past.shape[2] + P:
             prefill(model, past, prefix, states_mask, caches)
     decode = getattr(model, "compiled_step", decode_one_step)
-    steps = torch.arange(round_up(P + pattern.S, 512), device=device)
     for step in range(first, pattern.S):
-        W = round_up(P + step, 512 if device.type == "cuda" else 2)  # few shapes for a GPU, little to read for a CPU
+        W = P + step + (P + step) % 2 if device.type == "cpu" else len(steps)  # a GPU prefers one shape
         with precision(model):
             logits = decode(model, sequence[:, :, step - 1], steps[step - 1 : step], states_mask, caches, P, steps[:W],
                             cfg, beta)  # fmt: skip
         found = choose_codes(logits, uniform[step], temperature, top_k, top_p)
-        known = sequence[:, :, step]
-        sequence[:, :, step] = torch.where(known == UNKNOWN, found, known)
+        sequence[:, :, step] = torch.where(sequence[:, :, step] == UNKNOWN, found, sequence[:, :, step])
         if (t := completes.get(step, -1)) >= done:
             yield sequence.gather(2, pattern.step[:, t : t + 1].expand(len(codes), -1, -1))
 
@@ -242,7 +217,3 @@ def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_
 def precision(model):
     device, dtype = model.heads.weight.device.type, model.heads.weight.dtype
     return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-
-
-def round_up(steps, unit):
-    return -(-steps // unit) * unit

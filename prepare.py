@@ -127,7 +127,8 @@ def split_tracks(tracks, valid_fraction):
 
 def start_worker(codec_name, weights):
     global codec
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)  # as many workers as cores, each on its own, are three times as fast as all on one file
     codec = load_codec(codec_name, weights)
 
@@ -164,8 +165,13 @@ def read_and_encode(job):
 def encode_in_parallel(jobs, codec, codec_name, codec_weights, workers):
     """What `encode` gives for each job, in order.
 
-    Workers read the files. They encode them too, but for a GPU, which encodes those of many workers together.
+    Workers read the files. They encode them too, but for a GPU, which encodes those of many workers together. A single
+    worker is this process.
     """
+    if workers == 1 and codec.device.type == "cpu":
+        start_worker(codec_name, codec_weights)
+        yield from map(read_and_encode, jobs)
+        return
     on_gpu, together = codec.device.type == "cuda", 16
     room = threading.Semaphore(2 * workers + together)  # tracks that wait in memory, at most
 

@@ -7,6 +7,7 @@ so that a probe can tell whether a model trained on the corpus does what its cap
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -245,8 +246,9 @@ def write_corpus(folder, clips, seed=0, workers=None):
             stale.unlink(missing_ok=True)
         stamp.write_text(wanted)
     if not manifest.exists():
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            lines = pool.imap(functools.partial(write_clip, folder, seed), range(clips), chunksize=16)
+        write = functools.partial(write_clip, folder, seed)
+        with multiprocessing.get_context("spawn").Pool(workers) if workers != 1 else contextlib.nullcontext() as pool:
+            lines = pool.imap(write, range(clips), chunksize=16) if pool else map(write, range(clips))
             lines = list(tqdm(lines, total=clips, desc="synthesising", unit="clip", file=sys.stdout))
         partial = manifest.with_suffix(".partial")
         partial.write_text("\n".join(lines) + "\n")

@@ -70,7 +70,7 @@ def fork_server():
         multiprocessing.forkserver.ensure_running()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def nothing_is_left_running():
     yield
     for ranks in STARTED:

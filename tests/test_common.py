@@ -19,6 +19,7 @@ import metrics
 from common import UserError, load_checkpoint, save_checkpoint
 
 KILLS = int(os.environ.get("KILLS", 2))  # 50 take some minutes
+STEPS = int(os.environ.get("STEPS", 4))  # of the same run on 1, 2 and 4 processes
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +50,16 @@ def close(a, b, tolerance):
 
 WAYS = {
     "1": (1, "--micro_batch=0"),
-    "1 in micro-batches": (1, "--micro_batch=1"),
+    "1 in micro-batches": (1, "--micro_batch=1", "--evaluate_clips=0"),
     "2 by ddp": (2, "--parallel=ddp", "--micro_batch=1"),
     "4 by ddp": (4, "--parallel=ddp", "--evaluate_clips=0"),
-    "2 by fsdp": (2, "--parallel=fsdp", "--micro_batch=1", "--activation_checkpointing=True"),
+    "2 by fsdp": (2, "--parallel=fsdp", "--micro_batch=1", "--activation_checkpointing=True", "--evaluate_clips=0"),
     "4 by fsdp": (4, "--parallel=fsdp", "--reshard_after_forward=False", "--evaluate_clips=0"),
 }
 
 
 def test_the_same_run_on_1_2_and_4_processes(uneven, tmp_path):
-    shared = [*TOY, f"--data={uneven}", "--steps=20", "--epoch=10", "--ema_every=2", "--valid_items=5",
+    shared = [*TOY, f"--data={uneven}", f"--steps={STEPS}", f"--epoch={STEPS // 2}", "--ema_every=2", "--valid_items=5",
               "--cfg_dropout=0.3", "--merge_text_p=0.5", "--word_dropout=0.2", "--samples=3", "--generate_every=0",
               "--evaluate_clips=3", "--melody=True", "--style=True", "--style_dropout=0.3"]  # fmt: skip
     printed = {}
@@ -139,7 +140,7 @@ def test_fsdp_continues_after_an_epoch_without_improvement(dataset, tmp_path):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_stopped_on_two_it_resumes_exactly_on_two_and_to_rounding_on_one(parallel, dataset, tmp_path):
-    shared = [*TOY, f"--data={dataset}", "--steps=40", "--epoch=30", f"--parallel={parallel}", "--samples=0"]
+    shared = [*TOY, f"--data={dataset}", "--steps=24", "--epoch=20", f"--parallel={parallel}", "--samples=0"]
     shared += ["--melody=True", "--style=True"]
     Ranks(*shared, f"--out={tmp_path / 'whole'}").finish()
     parts = Ranks(*shared, f"--out={tmp_path / 'parts'}")
@@ -147,7 +148,7 @@ def test_stopped_on_two_it_resumes_exactly_on_two_and_to_rounding_on_one(paralle
     parts.send(signal.SIGTERM)
     printed = parts.finish(status=128 + signal.SIGTERM)
     stopped = int(re.search(r"stopped at step (\d+); to resume: torchrun --nproc_per_node=2 train.py", printed)[1])
-    assert 3 <= stopped < 40 and stopped != 30, "the test is about stopping within an epoch"
+    assert 3 <= stopped < 24 and stopped != 20, "the test is about stopping within an epoch"
     shutil.copytree(tmp_path / "parts", tmp_path / "one")
     assert f"at step {stopped}" in Ranks(*shared, f"--out={tmp_path / 'one'}", ranks=1).finish()
     Ranks(*shared, f"--out={tmp_path / 'parts'}").finish()
@@ -217,8 +218,8 @@ def test_a_rank_that_dies_ends_the_others_at_once(dataset, tmp_path):
 
 def test_a_rank_that_never_starts_ends_the_run_within_the_timeout(dataset, tmp_path):
     with_one = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29777")
-    output = finish(start("train.py", *TOY, f"--data={dataset}", f"--out={tmp_path}", "--timeout=3", **with_one), 1)
-    assert "Timed out after 4 seconds" in output or "timed out" in output.lower()
+    output = finish(start("train.py", *TOY, f"--data={dataset}", f"--out={tmp_path}", "--timeout=1", **with_one), 1)
+    assert "timed out" in output.lower()
 
 
 def slow_saves():

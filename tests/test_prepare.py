@@ -2,14 +2,14 @@
 
 import json
 import shutil
-import time
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import finish, start
+from conftest import Ranks
 
 import common
 import prepare
@@ -87,37 +87,21 @@ def test_adding_tracks_moves_none_to_the_other_split():
 
 
 def test_killed_in_the_middle_it_resumes_and_ends_the_same(corpus, dataset, tmp_path):
-    args = (
-        corpus / "manifest.jsonl",
-        "--out",
-        tmp_path / "out",
-        "--workers",
-        "1",
-        "--valid_fraction",
-        "0.2",
-    )
-    process = start("prepare.py", *args)
-    journal = tmp_path / "out.partial" / "journal.jsonl"
-    while not (journal.exists() and len(journal.read_text().splitlines()) >= 3) and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    out, journal = tmp_path / "out", tmp_path / "out.partial" / "journal.jsonl"
+    args = (corpus / "manifest.jsonl", "--out", out, "--workers", 1, "--valid_fraction", 0.2)
+    run = Ranks(*args, ranks=1, main=prepare.main)
+    run.wait_for(journal, 3)
+    run.send(signal.SIGKILL)
+    run.wait()
     done = len(journal.read_text().splitlines())
-    assert 3 <= done < 16 and not (tmp_path / "out").exists()
+    assert 3 <= done < 16 and not out.exists()
     with open(journal, "a") as file:
         file.write('{"frames": 40')  # a line that the kill cut off
-    output = finish(start("prepare.py", *args))
+    output = Ranks(*args, ranks=1, main=prepare.main).finish()
     assert f"{done}/16" in output or f"{round(100 * done / 16)}%" in output
-    for name in (
-        "train_000.npy",
-        "train_000.jsonl",
-        "train_000_melody.npy",
-        "valid_000.npy",
-        "valid_000.jsonl",
-        "tokenizer.model",
-    ):
-        assert (tmp_path / "out" / name).read_bytes() == (dataset / name).read_bytes(), name
-    assert "is prepared already" in finish(start("prepare.py", *args))
+    for path in (*dataset.glob("train_*"), *dataset.glob("valid_*"), dataset / "tokenizer.model"):
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    assert "is prepared already" in Ranks(*args, ranks=1, main=prepare.main).finish()
 
 
 def test_stopped_at_its_last_moment_it_ends_with_data_that_is_whole(corpus, tmp_path, monkeypatch):

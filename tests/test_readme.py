@@ -1,5 +1,6 @@
 """Every command of the README runs, at toy size and in a folder of its own."""
 
+import concurrent.futures
 import re
 import runpy
 import shlex
@@ -118,9 +119,8 @@ def skip_ceilings():
     bench.ceilings = lambda device, dtype: (1e11, 1e10)
 
 
-@pytest.mark.parametrize("line", PROGRAMS)
-def test_command(line, home):
-    """In this process's forks, to save the start of Python; other tests start the programs for real."""
+def run(line, home):
+    """In forks, to save the start of Python; other tests start the programs for real."""
     program, args, ranks = parsed(line, home)
     if program == "patterns.py":
         assert "codebook 4" in finish(start("patterns.py", cwd=home))
@@ -128,7 +128,22 @@ def test_command(line, home):
         Ranks(*args, ranks=ranks, main=MODULES[program].main, cwd=home, before=skip_ceilings).finish()
 
 
-def test_the_lines_of_python_run(home, monkeypatch):
+@pytest.fixture(scope="module")
+def outcomes(home):
+    """{command: its future}. Two chains run side by side: one of models imported and codecs made, and the rest."""
+    chains = {chain: concurrent.futures.ThreadPoolExecutor(1) for chain in (True, False)}
+    chained = ("mine32", "imported", "codec_audio", "weights/", "demo.train_tiny", "tools.bench")
+    yield {line: chains[any(word in line for word in chained)].submit(run, line, home) for line in PROGRAMS}
+    for chain in chains.values():
+        chain.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("line", PROGRAMS)
+def test_command(line, outcomes):
+    outcomes[line].result()
+
+
+def test_the_lines_of_python_run(home, outcomes, monkeypatch):
     monkeypatch.chdir(home)
     (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     (home / "block.py").write_text(block + "\nassert codes.shape == (2, 4, 400)\n")

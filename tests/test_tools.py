@@ -73,6 +73,7 @@ def test_the_ceilings_are_those_of_what_is_run(monkeypatch):
 
 
 def test_start_up_is_that_of_the_programs(command, monkeypatch):
+    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e11, 1e10))
     started = []
     monkeypatch.setattr(bench.subprocess, "run", lambda words, **how: started.append(words[1:]))
     status, output = command(bench, "--work", "start", "--repeats", 2)

@@ -89,7 +89,7 @@ def test_a_run_begins_by_guessing(toy_run):
 
 def test_the_demo_makes_its_own_corpus(tmp_path, command):
     args = (*TOY, f"--data={tmp_path / 'demo'}", "--demo_clips=4", "--samples=0")
-    finish(start("train.py", "config/demo.py", *args, f"--out={tmp_path / 'out'}"))
+    Ranks("config/demo.py", *args, f"--out={tmp_path / 'out'}", ranks=1).finish()
     assert len(list((tmp_path / "demo_audio").glob("*.flac"))) == 4 and (tmp_path / "out" / "best.pt").exists()
     assert command(train, "config/demo.py", *args, f"--out={tmp_path / 'again'}")[0] == 0
     assert same_run(tmp_path / "out", tmp_path / "again"), "the start must not depend on who made the corpus"

@@ -317,15 +317,15 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="of each, in turn (default 5)")
     args = parser.parse_args()
     args.card = args.card or (1024 if args.size == "tiny" else 2048)
+    if unknown := set(args.work.split(",")) - {"train", "generate", "prepare", "start"}:
+        raise UserError(f"--work: there is no '{unknown.pop()}'; choose of train, generate, prepare and start")
+    if unknown := set(filter(None, args.peers.split(","))) - set(peers.NAMES):
+        raise UserError(f"--peers: there is no '{unknown.pop()}'; choose of {' and '.join(peers.NAMES)}")
     device, dtype = common.pick_device(args.device, args.dtype)
     product, copy = ceilings(device, dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {str(dtype)[6:]}; ceilings: matrix product {product / 1e9:,.0f} GFLOP/s,"
           f" copy {copy / 1e9:,.1f} GB/s read and written")  # fmt: skip
-    if unknown := set(args.work.split(",")) - {"train", "generate", "prepare", "start"}:
-        raise UserError(f"--work: there is no '{unknown.pop()}'; choose of train, generate, prepare and start")
-    if unknown := set(filter(None, args.peers.split(","))) - set(peers.NAMES):
-        raise UserError(f"--peers: there is no '{unknown.pop()}'; choose of {' and '.join(peers.NAMES)}")
     if "train" in args.work:
         for B in args.train_batch:
             bench_training(args, B, device, dtype, product)
