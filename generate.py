@@ -46,12 +46,12 @@ class KVCache:
 
 def prefill(model, sequence, prefix, states_mask, caches):
     """Puts the prefix [R, P, D] and then the sequence [R, K, S] into the caches."""
-    position = torch.arange(sequence.shape[2], device=sequence.device)
-    x = torch.cat([model.embed_prefix(prefix), model.embed_sequence(sequence, position)], dim=1)
+    x = torch.cat([prefix, model.embed_sequence(sequence)], dim=1)
+    x, rotation = model.add_positions(x, model.positions(sequence.shape[2]))
     input_pos = torch.arange(x.shape[1], device=x.device)
     causal_mask = input_pos <= input_pos[:, None]
     for block, cache in zip(model.blocks, caches):
-        x = block(x, None, states_mask, cache, input_pos, causal_mask)
+        x = block(x, None, states_mask, rotation, cache, input_pos, causal_mask)
 
 
 def decode_one_step(model, tokens, position, states_mask, caches, P, steps, cfg, beta):
@@ -60,11 +60,12 @@ def decode_one_step(model, tokens, position, states_mask, caches, P, steps, cfg,
     steps: arange(W), where W is as far as the caches are filled, or more.
     """
     groups = len(states_mask) // len(tokens)
-    x = model.embed_sequence(tokens[:, :, None], position).repeat(groups, 1, 1)
+    x, rotation = model.add_positions(model.embed_sequence(tokens[:, :, None]), position)
+    x = x.repeat(groups, 1, 1)
     input_pos = position + P
     causal_mask = (steps <= input_pos)[None]
     for block, cache in zip(model.blocks, caches):
-        x = block(x, None, states_mask, cache, input_pos, causal_mask)
+        x = block(x, None, states_mask, rotation, cache, input_pos, causal_mask)
     logits = model.logits(model.norm(x))[:, 0].float()
     return guide(logits.unflatten(0, (groups, -1)), cfg, beta)
 

@@ -1,6 +1,7 @@
 """What `evaluate` measures: is it music, does it follow its caption, and how fast does it come?
 
-    python metrics.py out/demo [--clips 60] [--cfg 3] [--device cpu]
+    python metrics.py out/demo [--clips 200] [--cfg 3] [--device cpu]
+    python metrics.py out/demo_0 out/demo_1 out/demo_2      # runs of several seeds: mean and standard error
     torchrun --nproc_per_node=8 metrics.py out/small
 
 Clips are generated for the captions of held-out tracks, and compared with the first segment of those tracks. All real
@@ -195,6 +196,11 @@ def generate_many(model, conditions, T, cfg, s, name, prompts=None, batch_size=3
     return codes
 
 
+def clip_frames(s, codec):
+    """How long the clips are that are generated to listen to and to measure."""
+    return round((s.clip_seconds or s.segment) * codec.frame_rate)
+
+
 def clip_of(tokens, track, frames):
     """Codes int64 [K, T] of the first `frames` frames of a track, or of all of it if it is shorter."""
     return torch.from_numpy(tokens.codes(track, 0, frames).T.astype(np.int64))
@@ -237,7 +243,7 @@ def evaluate(checkpoint, codec, train_data, valid_data, s):
                            that it was given, and to the next clip's. {} if the model takes no melody
     """
     model, _, _ = load_model(checkpoint, codec.device)
-    T, asked = model.trained_frames, valid_data.tracks[: s.evaluate_clips]
+    T, asked = clip_frames(s, codec), valid_data.tracks[: s.evaluate_clips]
     attributes = attributes_of(train_data) if any(track["caption"] for track in asked) else {}
     *_, conditions = valid_data.collate(valid_data.whole_items([(track, 0) for track in asked], T, s), T)
     wanted = what_to_generate(conditions, s)
@@ -295,7 +301,7 @@ def write_samples(checkpoint, codec, valid_data, step, s):
     Returns what the listening page needs to know of each clip, on every rank; paths are relative to OUT.
     """
     model, _, _ = load_model(checkpoint, codec.device)
-    T, tracks, out = model.trained_frames, valid_data.tracks[: s.samples], Path(s.out)
+    T, tracks, out = clip_frames(s, codec), valid_data.tracks[: s.samples], Path(s.out)
     codes, valid, _, conditions = valid_data.collate(valid_data.whole_items([(track, 0) for track in tracks], T, s), T)
     lengths = valid.sum(1)
     prompt_frames = max(1, min(T // 4, int(lengths.min())))
@@ -348,27 +354,52 @@ def print_table(result):
         guided = [*next(iter(result["adherence"].values()))][2]  # after chance and real
         shares = [row[guided] / row["real"] if row["real"] else 0.0 for row in result["adherence"].values()]
         print(f"{guided + ', % of real':18}" + "".join(f"{share:12.0%}" for share in shares))
+        print(f"standard error of a share, by the number of clips alone: up to {0.5 / result['clips'] ** 0.5:.2f}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder, with best.pt in it, or one of its checkpoints")
-    parser.add_argument("--clips", type=int, default=60, help="held-out captions to generate for")
-    parser.add_argument("--cfg", type=float, help="guidance; by default the run's")
-    parser.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto: the accelerator where there is one")
-    args = parser.parse_args()
-    if args.clips < 1:
-        raise UserError(f"--clips {args.clips}: must be at least 1")
-    device = common.join(common.pick_device(args.device)[0], timeout=3600)
-    path = Path(args.run, "best.pt") if Path(args.run).is_dir() else Path(args.run)
+def print_means(results):
+    """Mean and standard error over runs, of seeds say, of the figures that `evaluate` gives."""
+
+    def cell(values):
+        error = np.std(values, ddof=1) / len(values) ** 0.5
+        return f"{np.mean(values):8.2f} ± {error:.2f}"
+
+    print(f"\nmean and standard error over {len(results)} runs")
+    for name in ("fad", "chroma", "chroma_chance"):
+        print(f"{name:18}{cell([result[name] for result in results])}")
+    columns = {name: [result["adherence"][name] for result in results] for name in results[0]["adherence"]}
+    print(f"{'':18}" + "".join(f"{title:>15}" for title in columns))
+    for name in next(iter(columns.values()), [{}])[0]:
+        print(f"{name:18}" + "".join(cell([row[name] for row in rows]) for rows in columns.values()))
+
+
+def measure(run, clips, cfg, device):
+    """`evaluate` of a run's best.pt, or of a checkpoint; written beside it as metrics.json."""
+    path = Path(run, "best.pt") if Path(run).is_dir() else Path(run)
     _, s, description = load_model(path)
-    s.evaluate_clips, s.cfg = args.clips, s.cfg if args.cfg is None else args.cfg
+    s.evaluate_clips, s.cfg = clips, s.cfg if cfg is None else cfg
     codec = data.load_codec(s.data, s.codec, s.codec_weights).to(device)
     if codec.id != description["id"]:
         raise UserError(f"{path} was trained on codec {description['id']}, and {s.data} holds that of {codec.id}")
     result = evaluate(path, codec, data.Tokens(s.data, "train"), data.Tokens(s.data, "valid"), s)
     if common.rank() == 0:
         common.write_json(path.with_name("metrics.json"), result)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, with best.pt in it, or a checkpoint")
+    parser.add_argument("--clips", type=int, default=200, help="held-out captions to generate for (default 200)")
+    parser.add_argument("--cfg", type=float, help="guidance; by default the run's")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto: the accelerator where there is one")
+    args = parser.parse_args()
+    if args.clips < 1:
+        raise UserError(f"--clips {args.clips}: must be at least 1")
+    device = common.join(common.pick_device(args.device)[0], timeout=3600)
+    results = [measure(run, args.clips, args.cfg, device) for run in args.runs]
+    if len(results) > 1:
+        print_means(results)
     common.leave()
 
 

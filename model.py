@@ -31,6 +31,20 @@ def sinusoids(position, dim):
     return torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
 
 
+def rotations(position, dim):
+    """Positions [S] -> [2, S, dim / 2], cosine and sine of the angles of rotary positions (arXiv:2104.09864)."""
+    rate = torch.exp(torch.arange(dim // 2, device=position.device) * (-math.log(10_000) / (dim // 2)))
+    angle = position.float()[:, None] * rate
+    return torch.stack([torch.cos(angle), torch.sin(angle)])
+
+
+def rotate(x, rotation):
+    """Turns queries or keys x [B, H, S, d], pair by pair, by the `rotations` of their positions."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
 class LayerNorm(nn.LayerNorm):
     """In float32 even where FSDP gathers the weights in less, as autocast has it on GPUs; CPUs refuse mixed types."""
 
@@ -60,13 +74,16 @@ class Block(nn.Module):
         B, S, _ = x.shape
         return x.view(B, S, parts, self.heads, -1).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x, states, states_mask, cache=None, input_pos=None, causal_mask=None):
+    def forward(self, x, states, states_mask, rotation=None, cache=None, input_pos=None, causal_mask=None):
         """x [B, S, D] -> [B, S, D].
 
-        states [B, L, D] are attended to where states_mask [B, 1, 1, L] says. In generation the S steps stand at
-        `input_pos` [S] of this block's `cache`, and attend to its first W steps where `causal_mask` [S, W] says.
+        states [B, L, D] are attended to where states_mask [B, 1, 1, L] says. rotation: rotary positions, if any. In
+        generation the S steps stand at `input_pos` [S] of this block's `cache`, and attend to its first W steps where
+        `causal_mask` [S, W] says.
         """
         q, k, v = self.split(self.qkv(self.norm1(x)), 3)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.update(input_pos, k, v, causal_mask.shape[1])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask, is_causal=cache is None)
@@ -97,6 +114,7 @@ class MusicLM(nn.Module):
         # The codebooks of two channels interleave; left and right of one codebook stand at the same step.
         self.delays = tuple(settings.delays or (k // self.channels for k in range(self.K)))
         self.trained_frames = round(settings.segment * self.frame_rate)
+        self.rotary = settings.positions == "rope"
         self.activation_checkpointing = settings.activation_checkpointing
         D = settings.dim
         self.conditioner = Conditioner(settings, codec, tokenizer)
@@ -130,15 +148,22 @@ class MusicLM(nn.Module):
         """The pattern of T frames, on the model's device."""
         return pattern_on(self.embed.weight.device, self.pattern_name, self.K, T, self.delays, training)
 
-    def embed_sequence(self, sequence, position):
-        """sequence [B, K, S], whose steps stand at `position` [S] -> [B, S, D]: the K embeddings' sum and the place."""
+    def embed_sequence(self, sequence):
+        """sequence [B, K, S] -> the sum of its K embeddings, [B, S, D]."""
         table = torch.arange(self.K, device=sequence.device)[:, None] * (self.card + 1)
-        return self.embed(sequence + table).sum(1) + sinusoids(position, self.embed.embedding_dim)
+        return self.embed(sequence + table).sum(1)
 
-    def embed_prefix(self, prefix):
-        """prefix [B, P, D], from the conditioner -> the same with the positions of what each row belongs to."""
+    def positions(self, S):
+        """Where the P prepended rows and the S steps stand, float [P + S]: a row with the step of its own frame."""
         steps_per_frame = self.pattern(self.trained_frames, training=True).S // self.trained_frames
-        return prefix + sinusoids(self.conditioner.positions(prefix.device) * steps_per_frame, prefix.shape[2])
+        rows = self.conditioner.positions(self.embed.weight.device) * steps_per_frame
+        return torch.cat([rows, torch.arange(S, device=rows.device)])
+
+    def add_positions(self, x, position):
+        """x [B, S, D], which stands at `position` [S] -> what the blocks take: x, and its rotation or None."""
+        if self.rotary:
+            return x, rotations(position, x.shape[2] // self.blocks[0].heads)
+        return x + sinusoids(position, x.shape[2]), None
 
     def hidden(self, sequence, states, mask, prefix):
         """sequence [B, K, S] -> what the heads read, [B, S, D].
@@ -146,13 +171,13 @@ class MusicLM(nn.Module):
         The rest is the conditioner's: states [B, L, D] and mask [B, L] to attend to, prefix [B, P, D] to stand before.
         """
         S = sequence.shape[2]
-        x = self.embed_sequence(sequence, torch.arange(S, device=sequence.device))
-        x = torch.cat([self.embed_prefix(prefix).to(x.dtype), x], dim=1)
+        x = self.embed_sequence(sequence)
+        x, rotation = self.add_positions(torch.cat([prefix.to(x.dtype), x], dim=1), self.positions(S))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, states, mask[:, None, None, :], use_reentrant=False)
+                x = checkpoint(block, x, states, mask[:, None, None, :], rotation, use_reentrant=False)
             else:
-                x = block(x, states, mask[:, None, None, :])
+                x = block(x, states, mask[:, None, None, :], rotation)
         return self.norm(x[:, x.shape[1] - S :])
 
     def logits(self, hidden):

@@ -245,7 +245,8 @@ def train_tokenizer(tracks, vocab_size):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences or ["music"]), model_writer=model, vocab_size=vocab_size,
-        model_type="unigram", byte_fallback=True, hard_vocab_limit=False, minloglevel=2, num_threads=1,
+        model_type="bpe", normalization_rule_name="nmt_nfkc_cf", byte_fallback=True, hard_vocab_limit=False,
+        minloglevel=2, num_threads=1,
     )  # fmt: skip
     return model.getvalue()
 

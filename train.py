@@ -38,8 +38,8 @@ from tools import report
 DIVERGED = 100  # nats; blind guessing is ln(card), below 8
 MOST_SKIPPED = 16  # steps in a row; float16's loss scale, 2^16 at first, is below 1 then
 SAME_MODEL = (  # settings that must not change when a run resumes, or starts with another's weights
-    "codec dim heads layers pattern delays text_dim text_heads text_layers text_max_tokens melody style style_dim"
-    " style_heads style_layers style_codebooks style_bins style_seconds"
+    "codec dim heads layers positions pattern delays text_dim text_heads text_layers text_max_tokens melody style"
+    " style_dim style_heads style_layers style_codebooks style_bins style_seconds"
 ).split()
 
 
@@ -54,6 +54,14 @@ def learning_rate(step, s):
 def unbiased_decay(decay, updates):
     """The EMA's decay at its n-th update, corrected as in Adam (arXiv:1412.6980): the start leaves no trace."""
     return 1 - (1 - decay) / (1 - decay**updates)
+
+
+def codebook_weights(s, K):
+    """What each codebook's cross-entropy counts in the loss, [K]; their mean is 1."""
+    weights = torch.tensor(s.codebook_weights or [1] * K, dtype=torch.float32)
+    if len(weights) != K:
+        raise UserError(f"codebook_weights: {len(weights)} of them, and the codec has {K} codebooks")
+    return weights / weights.mean()
 
 
 def make_optimizer(model, s):
@@ -161,6 +169,7 @@ def main():
         model.to(device)
         ema.module.to(device)
         net = common.replicate(model, device) if world_size > 1 else model
+    loss_weights = codebook_weights(s, model.K).to(device)
     optimizer = make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
@@ -243,7 +252,7 @@ def main():
             with common.without_sync(net, number == len(micro_batches)):
                 with autocast():
                     ce_sum, _ = net(*batch.to(device))
-                loss = (ce_sum / targets).mean()
+                loss = (loss_weights * ce_sum / targets).mean()
                 scaler.scale(loss * world_size).backward()  # DDP and FSDP average the gradients over the ranks
             ce_q += (ce_sum / targets).detach()
         scaler.unscale_(optimizer)
@@ -297,7 +306,7 @@ def main():
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
     print(f"\nlisten: {out / 'index.html'}")
     caption = shlex.quote(valid_data.tracks[0]["caption"])
-    print(f"try:    python sample.py {best} {caption} --duration {s.segment:g}")
+    print(f"try:    python sample.py {best} {caption} --duration {s.clip_seconds or s.segment:g}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class Settings:
     dim: int = 256  # width D
     heads: int = 4  # attention heads; divides dim
     layers: int = 6  # blocks
+    positions: str = "sinusoidal"  # sinusoidal, MusicGen's; or rope, rotary ones, relative to one another
     pattern: str = "delay"  # delay, parallel or unrolled
     delays: tuple = ()  # one number per codebook for the delay pattern; empty: 0,1,2,...
     text_dim: int = 128  # width of the text embedder
@@ -74,6 +75,7 @@ class Settings:
     merge_text_p: float = 0.0  # probability that a track's other metadata joins its caption
     word_dropout: float = 0.0  # probability to drop each word of the caption
     # Optimisation
+    codebook_weights: tuple = ()  # how much each codebook counts in the loss, over their mean; empty: all the same
     steps: int = 1000  # optimizer steps in the whole run
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 0.0  # learning rate at the end of the cosine
@@ -91,6 +93,7 @@ class Settings:
     generate_every: int = 1  # epochs between rounds of samples; 0: only at the end
     samples: int = 4  # clips in a round of samples, for held-out captions
     evaluate_every: int = 0  # epochs between evaluations by metrics.py; 0: only at the end
+    clip_seconds: float = 0.0  # of samples and of the clips of an evaluation; 0: as long as a training item
     evaluate_clips: int = 60  # held-out captions that an evaluation generates for; 0: no evaluation
     log_every: int = 10  # steps between lines of metrics.jsonl
     logger: str = ""  # tensorboard or wandb, where it is installed; metrics.jsonl is written anyway
@@ -104,6 +107,7 @@ class Settings:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 CHOICES = {
+    "positions": ("sinusoidal", "rope"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "compile": ("auto", "always", "never"),
     "parallel": ("ddp", "fsdp"),
@@ -111,7 +115,7 @@ CHOICES = {
 }
 NOT_NEGATIVE = (
     "seed demo_clips micro_batch min_lr warmup weight_decay clip valid_items keep_every generate_every samples"
-    " evaluate_every evaluate_clips temperature top_k lora_rank"
+    " evaluate_every clip_seconds evaluate_clips temperature top_k lora_rank"
 )
 POSITIVE = (
     "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens style_dim style_heads"
@@ -185,6 +189,12 @@ def check(s, processes):
     for key in ("freeze", "lora_targets"):
         if not all(type(value) is str for value in getattr(s, key)):
             raise UserError(f"{key} = {getattr(s, key)}: must be names, blocks.*,heads*")
+    if not all(type(value) in (int, float) and value >= 0 for value in s.codebook_weights) or (
+        s.codebook_weights and not sum(s.codebook_weights)
+    ):
+        raise UserError(
+            f"codebook_weights = {s.codebook_weights}: must be one number of 0 or above a codebook, 2,1,1,1"
+        )
     numbers = all(type(value) in (int, float) for value in s.style_seconds)
     if not (numbers and len(s.style_seconds) == 2 and 0 < s.style_seconds[0] <= s.style_seconds[1]):
         raise UserError(f"style_seconds = {s.style_seconds}: must be the shortest and the longest, 1.5,4.5")

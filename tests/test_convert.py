@@ -166,6 +166,8 @@ def test_stereo_weights_stand_in_pairs(tmp_path):
     assert all(torch.equal(back[name], ours.state_dict()[name]) for name in ("embed.weight", "heads.weight"))
     with pytest.raises(UserError, match="has those of MusicGen built in"):
         export_lm(make_model(delays=(0, 2, 2, 1)), {}, Settings(**TOY_LM), tmp_path, "hf")
+    with pytest.raises(UserError, match="have MusicGen's sinusoids only"):
+        export_lm(make_model(positions="rope"), {}, Settings(**TOY_LM), tmp_path, "audiocraft")
     assert make_model().delays == (0, 1, 2, 3) and make_model(delays=(0, 2, 2, 1)).delays == (0, 2, 2, 1)
 
 

@@ -96,6 +96,12 @@ def test_nothing_to_compile_with(command, dataset, tmp_path, monkeypatch):
     refused(command(train, *args), "compile: needs g++ or clang++", "--compile=never")
 
 
+def test_weights_for_another_number_of_codebooks(command, dataset, tmp_path):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--codebook_weights=1,2,3"]
+    refused(command(train, *args), "codebook_weights: 3 of them, and the codec has 4 codebooks")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_run_in_one_folder_is_refused(command, dataset, tmp_path):
     out = tmp_path / "out"
     args = [*TOY, f"--data={dataset}", f"--out={out}", "--samples=0"]

@@ -31,12 +31,13 @@ def test_a_melody_continues_where_the_window_does():
 
 @pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
 @pytest.mark.parametrize("prompted", [False, True])
-def test_cached_generation_equals_uncached(pattern, prompted):
+@pytest.mark.parametrize("positions", ["sinusoidal", "rope"])
+def test_cached_generation_equals_uncached(pattern, prompted, positions):
     """Greedy generation with the cache, against the likeliest code of a full forward pass at every step.
 
     Guided twice over, by style and text: u + cfg (s + beta (c - s) - u).
     """
-    model = make_model(pattern=pattern)
+    model = make_model(pattern=pattern, positions=positions)
     prompt = torch.randint(0, 64, (1, 4, 5)) if prompted else None
     codes = generate(model, [ORGAN], 14, prompt, cfg=2.5, cfg_beta=1.7, temperature=0)
     whole = model.pattern(14)
@@ -82,7 +83,9 @@ def test_lower_precision_in_generation_stays_close(monkeypatch):
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_compiled_generation_equals_eager():
-    eager, compiled = (optimize(make_model(layers=1), compiled=compiled) for compiled in (False, True))
+    eager, compiled = (
+        optimize(make_model(layers=1, positions="rope"), compiled=compiled) for compiled in (False, True)
+    )
     for frames in (9, 33):  # within the trained length, and past it
         options = dict(cfg=2.0, temperature=0, prompt=torch.ones(2, 4, 2, dtype=torch.int64))
         ours, theirs = (generate(model, [ORGAN, {}], frames, **options) for model in (eager, compiled))
@@ -108,9 +111,10 @@ def test_prompt_is_kept_and_length_is_as_asked_past_the_trained_length():
     assert torch.equal(codes, generate(model, [PIANO, {}], 57, prompt))
 
 
-def test_a_longer_sample_of_the_same_seed_begins_with_the_shorter_one():
+@pytest.mark.parametrize("positions", ["sinusoidal", "rope"])
+def test_a_longer_sample_of_the_same_seed_begins_with_the_shorter_one(positions):
     """But for the last three frames: where a sample ends, the delayed codebooks see special tokens in the first one."""
-    model = make_model()
+    model = make_model(positions=positions)
     longest = generate(model, [PIANO, ORGAN], 45, seeds=[3, 4])
     for frames in (7, 20, 33):
         shorter = generate(model, [PIANO, ORGAN], frames, seeds=[3, 4])

@@ -1,15 +1,19 @@
 import json
 import math
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from conftest import TOY, lines
 
 import common
 import data
 import metrics
+import train
 from codec import load_codec
 from conditioning import chromagram
 from demo import corpus as demo_corpus
@@ -342,5 +346,25 @@ def test_the_command_line(toy_run, tmp_path, command):
     assert status == 0 and "Fréchet" in output and "real-time factor" in output, output
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["clips"] == 2 and list(found["adherence"]["drums"]) == SHARES
+    status, output = command(metrics, tmp_path, tmp_path / "best.pt", "--clips", 3, "--device", "cpu")
+    assert status == 0 and "mean and standard error over 2 runs" in output
+    assert re.search(r"\nreal( +\d\.\d\d ± 0\.00){4,}\n", output), "the same model twice differs by nothing"
     status, output = command(metrics, tmp_path, "--clips", 0)
     assert status == 2 and "--clips 0: must be at least 1" in output
+
+
+def test_means_and_standard_errors_over_runs(capsys):
+    results = [dict(fad=fad, chroma=0.5, chroma_chance=0.4, adherence={"drums": {"real": 1.0, "cfg 3": share}})
+               for fad, share in ((10.0, 0.7), (12.0, 0.8), (14.0, 0.9))]  # fmt: skip
+    metrics.print_means(results)
+    printed = capsys.readouterr().out
+    assert "fad                  12.00 ± 1.15" in printed and "0.80 ± 0.06" in printed  # 2 / sqrt(3), 0.1 / sqrt(3)
+
+
+def test_clips_may_be_longer_than_what_was_trained_on(dataset, tmp_path, command):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--positions=rope", "--clip_seconds=1.8"]
+    assert command(train, *args, "--evaluate_clips=2")[0] == 0
+    (clip,) = lines(tmp_path / "history.jsonl")[-2]["clips"]
+    assert soundfile.info(tmp_path / clip["free"]).duration == pytest.approx(1.8)
+    (found,) = (line for line in lines(tmp_path / "history.jsonl") if line["stage"] == "evaluate")
+    assert found["clips"] == 2 and 0 <= found["adherence"]["drums"]["cfg 3"] <= 1

@@ -6,7 +6,7 @@ from conftest import finish, start
 from models import CODEC, ORGAN, PIANO, make_batch, make_model
 
 from conditioning import to_device
-from model import freeze, sinusoids
+from model import freeze, rotate, rotations, sinusoids
 
 
 @pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
@@ -17,9 +17,21 @@ def test_a_melody_stands_where_its_frames_do_and_a_style_nowhere(pattern):
     frames = ((torch.arange(rows) + 0.5) * 50 / 8).long()
     assert rows == 16 and (places[:rows] - frames).abs().max() < 1 and not places[rows:].any()
     steps = model.pattern(100).step[:, frames].float().mean(0)
-    prefix = model.embed_prefix(torch.zeros(1, model.conditioner.rows, 32))[0]
-    shifts = [(prefix[:rows] - sinusoids(steps + shift, 32)).abs().mean() for shift in range(-8, 9)]
+    prefix, _ = model.add_positions(torch.zeros(1, model.conditioner.rows + 7, 32), model.positions(7))
+    shifts = [(prefix[0, :rows] - sinusoids(steps + shift, 32)).abs().mean() for shift in range(-8, 9)]
     assert -6 <= range(-8, 9)[int(torch.stack(shifts).argmin())] <= 0, "within a frame of where its codes stand"
+
+
+def test_rotary_positions_are_relative():
+    """The product of a query and a key depends on how far apart they stand, not on where."""
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    product = {}
+    for m, n in ((0, 3), (40, 43), (1000, 1003), (0, 4)):
+        q_at, k_at = (rotate(x, rotations(torch.tensor([position]), 16)) for x, position in ((q, m), (k, n)))
+        product[m, n] = float((q_at * k_at).sum())
+    assert product[0, 3] == pytest.approx(product[40, 43], abs=1e-4) == pytest.approx(product[1000, 1003], abs=1e-3)
+    assert abs(product[0, 3] - product[0, 4]) > 1e-2
+    torch.testing.assert_close(rotate(q, rotations(torch.tensor([0]), 16)), q)
 
 
 @pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])

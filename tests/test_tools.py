@@ -1,13 +1,16 @@
 """The tools at toy size, their arithmetic against known cases."""
 
+import contextlib
+import json
 import sys
 
 import pytest
 import torch
+from conftest import TOY as SMALL
 
 from config import Settings
 from model import Block
-from tools import bench
+from tools import bench, learn, peers
 from tools import estimate as estimating
 from tools.estimate import activation_bytes, estimate
 
@@ -29,6 +32,31 @@ def test_a_bench_prints_what_it_promises(command, monkeypatch):
         "26 MB of weights a frame" in output and "x real time, all streams" in output and "first frame after" in output
     )
     assert "transformers is left out" in output and "audiocraft is left out" in output
+
+
+def test_what_is_learned_is_measured_in_turn(dataset, tmp_path, monkeypatch, capsys):
+    """Each row is given the same seconds and batches; what a peer's decoder gives is scored as ours."""
+
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(513, 512)
+
+        def forward(self, sequence, conditions, condition_tensors):
+            assert condition_tensors["description"][0].shape[2] == 32
+            return self.embed(sequence)
+
+    monkeypatch.setattr(peers, "audiocraft_lm", lambda shape: Decoder())
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    overrides = [*SMALL, f"--data={dataset}", f"--out={tmp_path / 'run'}", "--valid_items=3"]
+    learn.bench_learning(["audiocraft", "transformers"], 1.5, torch.device("cpu"), contextlib.nullcontext, overrides)
+    found = json.loads((tmp_path / "learn.json").read_text())
+    assert list(found) == ["ours", "ours, plain", "audiocraft"]
+    for marks in found.values():
+        assert len(marks) == 10 and 1.5 <= marks[-1][0] < 3 and all(len(ce) == 4 for _, _, ce in marks)
+        assert [mark[1] for mark in marks] == sorted(mark[1] for mark in marks)
+        assert sum(marks[-1][2]) < sum(marks[0][2])
+    assert "transformers is left out" in capsys.readouterr().out
 
 
 def bench_arguments():

@@ -182,6 +182,24 @@ def test_micro_batches_add_up_to_the_batch(dataset, tmp_path, command):
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
 
 
+def test_codebook_weights_change_the_gradient_and_not_the_loss_that_is_logged(dataset, tmp_path, command):
+    """Doubling all weights changes nothing, as their mean counts; a codebook of weight 0 is not learned."""
+    found = {}
+    for weights in ("", "1,1,1,1", "2,2,2,2", "4,0,0,0"):
+        out = tmp_path / f"w{weights}"
+        args = [*TOY, f"--data={dataset}", f"--out={out}", "--samples=0", "--one_batch=True", "--steps=20"]
+        assert command(train, *args, f"--codebook_weights={weights}")[0] == 0
+        found[weights] = lines(out / "metrics.jsonl")
+    same = ("ce", "ce_q1", "ce_q4", "grad_norm")
+    for weights in ("1,1,1,1", "2,2,2,2"):
+        assert [[line[key] for key in same] for line in found[weights]] == [
+            [line[key] for key in same] for line in found[""]
+        ]
+    plain, first_only = found[""], found["4,0,0,0"]
+    assert first_only[0]["ce"] == plain[0]["ce"] and first_only[0]["grad_norm"] != plain[0]["grad_norm"]
+    assert first_only[-1]["ce_q1"] < plain[-1]["ce_q1"] and first_only[-1]["ce_q4"] > plain[-1]["ce_q4"]
+
+
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_trains_a_step(path, dataset, tmp_path, command):
     status, output = command(

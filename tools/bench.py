@@ -41,7 +41,7 @@ from config import Settings
 from demo import corpus
 from generate import generate, optimize, stream
 from model import MusicLM
-from tools import peers
+from tools import learn, peers
 
 SIZES = {
     "tiny": dict(dim=256, heads=4, layers=6),
@@ -298,7 +298,7 @@ def numbers(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default="train,generate,start", help="of train, generate, prepare and start")
+    parser.add_argument("--work", default="train,generate,start", help="of train, generate, prepare, start and learn")
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--card", type=int, help="codebook size (default: 1024 for tiny, else 2048)")
     parser.add_argument(
@@ -314,11 +314,12 @@ def main():
     parser.add_argument("--peers", nargs="?", default="", const=",".join(peers.NAMES), help="beside transformers and"
                         " audiocraft, where installed, or the one named: all are in memory together")  # fmt: skip
     parser.add_argument("--clips", type=int, default=1500, help="of the demo, to prepare (default 1500)")
+    parser.add_argument("--seconds", type=float, default=300, help="to learn for, of each (default 300)")
     parser.add_argument("--repeats", type=int, default=5, help="of each, in turn (default 5)")
     args = parser.parse_args()
     args.card = args.card or (1024 if args.size == "tiny" else 2048)
-    if unknown := set(args.work.split(",")) - {"train", "generate", "prepare", "start"}:
-        raise UserError(f"--work: there is no '{unknown.pop()}'; choose of train, generate, prepare and start")
+    if unknown := set(args.work.split(",")) - {"train", "generate", "prepare", "start", "learn"}:
+        raise UserError(f"--work: there is no '{unknown.pop()}'; choose of train, generate, prepare, start and learn")
     if unknown := set(filter(None, args.peers.split(","))) - set(peers.NAMES):
         raise UserError(f"--peers: there is no '{unknown.pop()}'; choose of {' and '.join(peers.NAMES)}")
     device, dtype = common.pick_device(args.device, args.dtype)
@@ -326,6 +327,9 @@ def main():
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {str(dtype)[6:]}; ceilings: matrix product {product / 1e9:,.0f} GFLOP/s,"
           f" copy {copy / 1e9:,.1f} GB/s read and written")  # fmt: skip
+    if "learn" in args.work:
+        autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        learn.bench_learning([*filter(None, args.peers.split(","))], args.seconds, device, autocast)
     if "train" in args.work:
         for B in args.train_batch:
             bench_training(args, B, device, dtype, product)

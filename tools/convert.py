@@ -249,6 +249,8 @@ def export_lm(model, ours, settings, folder, layout):
         raise UserError(
             f"the '{model.pattern_name}' pattern: those programs generate in the delay pattern only; it stays here"
         )
+    if model.rotary:
+        raise UserError("positions = 'rope': those programs have MusicGen's sinusoids only; it stays here")
     if layout == "hf" and model.delays != tuple(k // model.channels for k in range(model.K)):
         raise UserError(f"delays {model.delays}: Hugging Face's program has those of MusicGen built in")
     folder, theirs = Path(folder), {}

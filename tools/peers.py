@@ -15,6 +15,7 @@ from unittest.mock import MagicMock
 import torch
 import torch.nn.functional as F
 
+from model import MusicLM
 from patterns import make_pattern
 
 NAMES = ("audiocraft", "transformers")
@@ -117,6 +118,28 @@ def training(name, shape, B, T, L, device, dtype, compiled):
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+class Learner(MusicLM):
+    """A peer's decoder and loss in the place of our blocks and heads; text embedder, masks and sums are MusicLM's."""
+
+    def __init__(self, name, settings, codec, tokenizer):
+        super().__init__(settings, codec, tokenizer)
+        shape = dict(dim=settings.dim, heads=settings.heads, layers=settings.layers, card=self.card, K=self.K)
+        self.decoder = audiocraft_lm(shape) if name == "audiocraft" else transformers_musicgen(shape).decoder
+        self.name, self.blocks, self.norm, self.heads = name, torch.nn.ModuleList(), None, None
+        self.embed.requires_grad_(False)
+
+    def hidden(self, sequence, states, mask, prefix):
+        """sequence [B, K, S] -> logits [B, S, K, card]."""
+        if self.name == "audiocraft":
+            return self.decoder(sequence, [], {"description": (states, mask)}).transpose(1, 2)
+        logits = self.decoder(input_ids=sequence.flatten(0, 1), encoder_hidden_states=states,
+                              encoder_attention_mask=mask.long()).logits  # fmt: skip
+        return logits.unflatten(0, (-1, self.K)).transpose(1, 2)
+
+    def logits(self, hidden):
+        return hidden
 
 
 class Finished(Exception):
