@@ -100,12 +100,19 @@ def lock(folder):
 
 
 def pick_device(name="auto", dtype="auto"):
-    """(device, dtype to compute in). 'auto' is the accelerator, if any, and bfloat16 where the hardware has it."""
+    """(device, dtype to compute in). 'auto' is the accelerator, if any, and bfloat16 where the hardware has it.
+
+    For a GPU it also sets the switches of torch that suit these models.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     known = [accelerator.type, "cpu"] if accelerator else ["cpu"]
     name = known[0] if name == "auto" else name
     if name not in known:
         raise UserError(f"device = '{name}': not on this machine; there is {', '.join(known)}")
+    if name == "cuda":
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before the first tensor there
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+        torch.backends.cuda.enable_cudnn_sdp(False)  # on H100: NaN gradients under some masks (pytorch issue 196678)
     if dtype == "auto":
         dtype = "bfloat16" if has_fast_bfloat16(name) else "float32"
     return torch.device(name), getattr(torch, dtype)
@@ -129,6 +136,8 @@ def refuse_without_compiler(device):
 def compile_blocks(model, device):
     """Has each block compiled at its first use; FSDP's hooks stay outside."""
     refuse_without_compiler(device)
+    torch._dynamo.config.recompile_limit = 64  # all blocks share it: lengths of captions, frozen parts, no gradient
+    torch._dynamo.config.optimize_ddp = False  # else DDP splits each block into several graphs
     for block in model.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True)
 

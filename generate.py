@@ -71,9 +71,8 @@ def decode_one_step(model, tokens, position, states_mask, caches, P, steps, cfg,
 
 
 def condition_groups(conditions, cfg, beta):
-    """B dicts -> the groups whose logits `guide` needs, each B dicts, and beta by sample, [B, 1, 1].
-
-    One group where there is nothing to guide; two where beta is 1, or no sample has both text and style.
+    """B dicts -> the groups whose logits `guide` needs, each B dicts, and beta by sample, [B, 1, 1]: one group where
+    there is nothing to guide, two where beta is 1 or no sample has both text and style.
     """
     conditions = [{k: v for k, v in sample.items() if v is not None and len(v)} for sample in conditions]
     betas = torch.tensor([beta if {"text", "style"} <= sample.keys() else 1.0 for sample in conditions])
@@ -153,8 +152,7 @@ def stream(model, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temper
     prompt       codes [B, K, T] to go on from, [1, K, T] for all, or B of any lengths, [K, T]; they stay as they are
     cfg, beta    see `guide`; cfg 1 costs half as much, cfg_beta 1 a third less where text and style are given
     temperature  0 takes the likeliest code; else it is drawn within top_p if set, else top_k if set, else from all
-    seeds        B integers; a sample depends on its own seed and conditions alone, not on its neighbours (but past the
-                 trained length, windows go by the shortest prompt)
+    seeds        B integers; a sample depends on its own alone (past the trained length, on the shortest prompt too)
     stride       past the trained length, windows of that length each add so many frames; by default half of it
     """
     B, window, device = len(conditions), model.trained_frames, model.embed.weight.device
@@ -191,10 +189,11 @@ def from_second(start, sample):
 def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_k, top_p):
     """codes [B, K, T], UNKNOWN where one is to be found -> the frames from `done` on, [B, K, 1] each."""
     pattern, device = model.pattern(codes.shape[2]), codes.device
+    plan = model.pattern(codes.shape[2], device="cpu").step  # the same, to read it without waiting for a GPU
     sequence = pattern.build(codes, model.special)
-    first = int(pattern.step[:, done].min())  # the first step that may hold an UNKNOWN
     uniform = torch.stack([torch.rand(pattern.S, model.K, generator=rng) for rng in rngs], dim=1).to(device)
-    completes = {step: t for t, step in enumerate(pattern.step.amax(0).tolist())}  # the step that completes a frame
+    completes = {step: t for t, step in enumerate(plan.amax(0).tolist())}  # the step that completes a frame
+    first = int(plan[:, done].min())  # the first step that may hold an UNKNOWN
     with precision(model):
         states, mask, prefix = model.conditioner(to_device(model.conditioner.prepare(rows), device))
         P, states_mask = prefix.shape[1], mask[:, None, None, :]

@@ -144,9 +144,10 @@ class MusicLM(nn.Module):
                 if isinstance(module, nn.Linear):
                     init(module.weight, 1 / math.sqrt(2 * (layer + 1)))
 
-    def pattern(self, T, training=False):
-        """The pattern of T frames, on the model's device."""
-        return pattern_on(self.embed.weight.device, self.pattern_name, self.K, T, self.delays, training)
+    def pattern(self, T, training=False, device=None):
+        """The pattern of T frames, by default on the model's device."""
+        device = device or self.embed.weight.device
+        return pattern_on(device, self.pattern_name, self.K, T, self.delays, training)
 
     def embed_sequence(self, sequence):
         """sequence [B, K, S] -> the sum of its K embeddings, [B, S, D]."""

@@ -10,6 +10,7 @@ Letters: K codebooks, T frames.
 """
 
 import argparse
+import collections
 import hashlib
 import io
 import itertools
@@ -253,11 +254,11 @@ def train_tokenizer(tracks, vocab_size):
 
 def write_split(folder, split, tracks, tokens, melody):
     """One split's shards; `tokens` is uint16 [frames, K], `melody` uint8 [frames]; a track begins at its `first`."""
-    shard, pending = 0, list(tracks)
+    shard, pending = 0, collections.deque(tracks)
     while pending:
         chosen, frames = [], 0
         while pending and (not chosen or frames + pending[0]["frames"] <= SHARD_FRAMES):
-            chosen.append(pending.pop(0))
+            chosen.append(pending.popleft())
             frames += chosen[-1]["frames"]
         for source, suffix in ((tokens, ""), (melody, "_melody")):
             path, shape = folder / f"{split}_{shard:03d}{suffix}.npy", (frames, *source.shape[1:])

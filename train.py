@@ -2,7 +2,7 @@
 
     python train.py config/demo.py                   # text to music on a laptop, in a quarter of an hour
     torchrun --nproc_per_node=8 train.py config/small.py --data=data/mine
-    torchrun --nproc_per_node=8 train.py config/large.py --data=data/mine --parallel=fsdp
+    torchrun --nproc_per_node=8 train.py config/large.py --data=data/mine
     python train.py --help                           # every setting
 
 Ctrl-C saves a checkpoint after the step under way, and the same command resumes from it: on as many processes of a CPU,

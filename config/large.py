@@ -3,7 +3,8 @@
 from config.small import *
 
 out = "out/large"
-micro_batch = 1
+parallel = "fsdp"
+micro_batch = 4
 dim = 2048
 heads = 32
 layers = 48

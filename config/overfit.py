@@ -7,7 +7,8 @@ data = "data/overfit"
 demo_clips = 40
 one_batch = True
 cfg_dropout = 0.0
-segment = 2.0
+segment = clip_seconds = 2.0
+codebook_weights = ()
 batch_size = 4
 
 steps = 200

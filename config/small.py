@@ -30,5 +30,5 @@ lr = 1e-4
 warmup = 4000
 ema_decay = 0.999
 epoch = 2000
-valid_items = 0
+valid_items = 2048
 generate_every = 25

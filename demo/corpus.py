@@ -259,7 +259,7 @@ def write_corpus(folder, clips, seed=0, workers=None):
 def prepare_demo(folder, clips, codec, codec_weights):
     """The corpus in FOLDER_audio, and the data set that is prepared from it in FOLDER, where they are not there yet."""
     if not Path(folder, "meta.json").exists():
-        prepare.prepare(write_corpus(f"{folder}_audio", clips), folder, codec, codec_weights)
+        prepare.prepare(write_corpus(f"{folder}_audio", clips), folder, codec, codec_weights, valid_fraction=0.07)
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Every command of the README runs, at toy size and in a folder of its own."""
+"""Every command of the README and the docs runs, at toy size and in a folder of its own."""
 
 import concurrent.futures
 import re
@@ -23,7 +23,9 @@ MODULES = {
     "tools.convert": convert, "tools.estimate": estimate, "tools.report": report, "demo.corpus": corpus,
     "demo.train_tiny": train_tiny,
 }  # fmt: skip
-TEXT = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
 COMMANDS = [part.strip() for block in BLOCKS for line in block.splitlines() for part in line.split("#")[0].split("&&")]
 INLINE = [text for text in re.findall(r"`(python [^`]+)`", TEXT) if not text.endswith(("python -m tools.convert",))]
@@ -89,7 +91,7 @@ def parsed(line, home):
         args += ["--duration", "2"]
     if program == "tools.bench":
         args += "--size tiny --train_batch 1 --train_frames 20 --generate_batch 1 --generate_frames 8".split()
-        args += "--dtype float32 --repeats 1 --clips 6".split()
+        args += "--dtype float32 --repeats 1 --clips 6 --seconds 0.2".split()
         args = [word for word in args if word not in ("--compile", "--peers")]
         args += [] if "--work" in args else ["--work", "train,generate"]
     if program == "demo.corpus":
@@ -108,7 +110,14 @@ def parsed(line, home):
     return program, args, 2 if line.startswith("torchrun") else 1
 
 
-def test_the_readme_has_its_two_commands():
+def test_every_link_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_has_its_two_commands_and_is_short():
+    assert len(README.split()) <= 1800
     said = "\n".join(BLOCKS).splitlines()
     assert any(line.startswith("pip install -r requirements.txt && python train.py") for line in said)
     assert any(line.startswith("pip install -r requirements-dev.txt && ") for line in said)
@@ -145,7 +154,7 @@ def test_command(line, outcomes):
 
 def test_the_lines_of_python_run(home, outcomes, monkeypatch):
     monkeypatch.chdir(home)
-    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     (home / "block.py").write_text(block + "\nassert codes.shape == (2, 4, 400)\n")
     runpy.run_path(str(home / "block.py"))
 
@@ -153,4 +162,4 @@ def test_the_lines_of_python_run(home, outcomes, monkeypatch):
 def test_the_file_map_names_every_file():
     files = [path.relative_to(ROOT).as_posix() for folder in (".", "config", "tools", "demo")
              for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]  # fmt: skip
-    assert [name for name in files if f"`{name}`" not in TEXT] == []
+    assert [name for name in files if f"`{name}`" not in README] == []

@@ -1,0 +1,11 @@
+"""The demo with MusicGen's own choices, and as much music in all: sinusoids, long items, all codebooks alike."""
+
+from config.demo import *  # noqa: F403
+
+out = "out/demo_reference"
+positions = "sinusoidal"
+codebook_weights = ()
+segment = 8.0
+steps = 3500
+epoch = 875
+valid_items = 96

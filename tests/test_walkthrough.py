@@ -1,0 +1,28 @@
+"""docs/walkthrough.md: its blocks run one after another, and print what the page says that they print.
+
+WRITE=1 pytest tests/test_walkthrough.py writes what they print into the page.
+"""
+
+import contextlib
+import io
+import os
+import re
+
+from conftest import ROOT
+
+PAGE = ROOT / "docs" / "walkthrough.md"
+
+
+def test_the_blocks_print_what_the_page_says():
+    namespace, text = {}, PAGE.read_text()
+    for block, said in re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", text, re.S):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(block, namespace)
+        if os.environ.get("WRITE"):
+            text = text.replace(f"```python\n{block}```\n", f"```python\n{block}```\n\n```text\n{printed.getvalue()}```\n")
+            text = text.replace(f"\n\n```text\n{said}```\n\n```text\n", "\n\n```text\n") if said else text
+        else:
+            assert printed.getvalue() == said, block
+    if os.environ.get("WRITE"):
+        PAGE.write_text(text)
