@@ -19,9 +19,9 @@ def test_the_blocks_print_what_the_page_says():
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(block, namespace)
+        shown = f"```python\n{block}```\n\n```text\n{printed.getvalue()}```\n"
         if os.environ.get("WRITE"):
-            text = text.replace(f"```python\n{block}```\n", f"```python\n{block}```\n\n```text\n{printed.getvalue()}```\n")
-            text = text.replace(f"\n\n```text\n{said}```\n\n```text\n", "\n\n```text\n") if said else text
+            text = text.replace(f"```python\n{block}```\n" + (f"\n```text\n{said}```\n" if said else ""), shown)
         else:
             assert printed.getvalue() == said, block
     if os.environ.get("WRITE"):
