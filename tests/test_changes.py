@@ -3,6 +3,7 @@
 import functools
 import math
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -21,8 +22,8 @@ CHANGES = {
     "a condition": ("conditioning.py", """        states = self.out(self.norm(x))
 """, """        states = self.out(self.norm(x)) + self.out(self.norm(x)).mean(1, keepdim=True)
 """, []),
-    "the loss": ("train.py", """                loss = (ce_sum / targets).mean()
-""", """                loss = (ce_sum / targets * torch.tensor([3.0, 1.5, 0.5, 0.5], device=device)).mean()
+    "the loss": ("train.py", """                loss = (loss_weights * ce_sum / targets).mean()
+""", """                loss = (ce_sum / targets).square().mean()
 """, []),
     "the schedule": ("train.py", """    progress = (step - s.warmup) / max(1, s.steps - s.warmup)
 """, """    progress = 0
@@ -52,26 +53,41 @@ def main_of(copy):
     train.main()
 
 
+def copy_of_the_repository(folder):
+    folder.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    for name in ("config", "demo", "tools"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def train(copy, dataset, out, *options):
+    """The log of two steps of the copy."""
+    args = [*SHORT, f"--data={dataset}", f"--out={out}", *options]
+    Ranks(*args, ranks=1, main=functools.partial(main_of, copy)).finish()
+    found = lines(out / "metrics.jsonl")
+    assert len(found) == 2 and all(math.isfinite(line["ce"]) for line in found)
+    return [(line["ce"], line["lr"]) for line in found]
+
+
 @pytest.mark.parametrize("what", CHANGES)
 def test_one_change_in_one_place(what, usual, dataset, tmp_path):
     name, old, new, options = CHANGES[what]
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, copy)
-    for folder in ("config", "demo", "tools"):
-        (copy / folder).symlink_to(ROOT / folder)
+    copy = copy_of_the_repository(tmp_path / "copy")
     source = (copy / name).read_text()
     assert source.count(old) == 1, f"{name} no longer holds {old!r}"
     (copy / name).write_text(source.replace(old, new))
-    Ranks(
-        *SHORT,
-        f"--data={dataset}",
-        f"--out={tmp_path / 'out'}",
-        *options,
-        ranks=1,
-        main=functools.partial(main_of, copy),
-    ).finish()
-    changed = lines(tmp_path / "out" / "metrics.jsonl")
-    assert len(changed) == 2 and all(math.isfinite(line["ce"]) for line in changed)
-    assert [(line["ce"], line["lr"]) for line in usual] != [(line["ce"], line["lr"]) for line in changed]
+    assert train(copy, dataset, tmp_path / "out", *options) != [(line["ce"], line["lr"]) for line in usual]
+
+
+@pytest.mark.parametrize("solution, options", [
+    ("01_pattern", ["--pattern=pairs"]), ("04_min_p", []), ("05_rescaled_guidance", []),
+])  # fmt: skip
+def test_a_worked_solution_of_the_exercises_applies_trains_and_samples(solution, options, usual, dataset, tmp_path):
+    copy = copy_of_the_repository(tmp_path / "copy")
+    subprocess.run(["git", "apply", ROOT / "docs" / "solutions" / f"{solution}.diff"], cwd=copy, check=True)
+    assert sum((copy / path.name).read_bytes() != path.read_bytes() for path in ROOT.glob("*.py")) == 1
+    losses = train(copy, dataset, tmp_path / "out", *options, "--samples=1")
+    assert (losses == [(line["ce"], line["lr"]) for line in usual]) == (not options), "sampling changes no training"
+    assert len(list((tmp_path / "out" / "samples" / "step_000002").glob("*.wav"))) == 2
