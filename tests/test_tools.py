@@ -10,7 +10,7 @@ from conftest import TOY as SMALL
 
 from config import Settings
 from model import Block
-from tools import bench, learn, peers
+from tools import bench, figures, learn, peers
 from tools import estimate as estimating
 from tools.estimate import activation_bytes, estimate
 
@@ -155,3 +155,16 @@ def test_the_estimate_allocates_nothing_and_knows_small(command, tmp_path, monke
     status, output = command(estimating, "config/demo.py", "--processes=3", "--batch_size=8")
     assert status == 2 and "batch_size = 8 does not divide by 3 processes" in output
     assert command(estimating, "--processes=0")[0] == 2
+
+
+def test_a_picture_of_the_epochs(toy_run, tmp_path, command):
+    pytest.importorskip("PIL")
+    status, output = command(figures, toy_run[0], tmp_path / "epochs.png")
+    assert status == 0, output
+    from PIL import Image
+
+    with Image.open(tmp_path / "epochs.png") as sheet:
+        assert sheet.size == (800, 3 * 148)  # two epochs and the real music
+        assert sheet.convert("L").resize((1, 1)).getpixel((0, 0)) < 200, "it is not blank"
+    status, output = command(figures, toy_run[0], tmp_path / "epochs.png", "--clip", 7)
+    assert status == 2 and "has no samples of a clip 7; train it with --samples=8" in output
