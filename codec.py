@@ -51,7 +51,8 @@ from demo import tiny  # noqa: E402
 # Codebooks, codes in each, frames a second, width of the latents.
 CODECS = {"tiny": (4, 512, 50, 64), "encodec_24khz": (8, 1024, 75, 128), "musicgen_32khz": (4, 2048, 50, 128)}
 BANDWIDTHS = {"1.5": 2, "3": 4, "6": 8, "12": 16}  # of encodec_24khz, in kbps: codebooks
-SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
+SUFFIXES = set(".wav .wave .flac .mp3 .ogg .oga .opus .aiff .aif .aifc .au .caf .w64".split())  # libsndfile's
+OTHER_SUFFIXES = set(".m4a .aac .mp4 .wma .webm .mka .ape .wv .alac .dsf .mid .midi".split())
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}  # that are written, libsndfile's names
 
 
@@ -274,14 +275,28 @@ def load_audio(path, sample_rate, channels=1):
         raise UserError(f"{path}: holds samples that are not numbers")
     if channels == 1:
         wav = wav.mean(1, keepdims=True)
+    elif wav.shape[1] == 1:
+        wav = wav.repeat(channels, 1)
     elif wav.shape[1] != channels:
-        wav = wav[:, :1].repeat(channels, 1)
+        wav = downmix(wav)
     wav = soxr.resample(wav, rate, sample_rate).T
     if not wav.size:
         raise UserError(f"{path}: too short, not one sample long at {sample_rate} Hz")
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: holds samples too large to be music")
     return torch.from_numpy(np.ascontiguousarray(wav, dtype=np.float32))
+
+
+def downmix(wav):
+    """wav [samples, 3 or more channels], in the order of WAV files -> stereo [samples, 2], after ITU-R BS.775.
+
+    The centre and the surrounds count -3 dB, the channel for low frequencies is left out, and nothing can clip.
+    """
+    n, half = wav.shape[1], 0.5**0.5
+    gains = {"L": (1, 0), "R": (0, 1), "C": (half, half), "-": (0, 0), "l": (half, 0), "r": (0, half), "c": (0.5, 0.5)}
+    layout = {3: "LRC", 4: "LRlr", 5: "LRClr", 6: "LRC-lr", 7: "LRC-clr", 8: "LRC-lrlr"}.get(n, "LR" * n)[:n]
+    matrix = np.array([gains[channel] for channel in layout], dtype=wav.dtype)
+    return wav @ (matrix / matrix.sum(0))
 
 
 def write_audio(path, wav, sample_rate):

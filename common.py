@@ -73,7 +73,8 @@ def write_file(path, content):
 
 
 def write_json(path, value):
-    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_file(path, text.encode(errors="backslashreplace"))  # names of files need not be UTF-8; JSON escapes the same
 
 
 def git(*command):

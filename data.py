@@ -5,7 +5,7 @@ data/NAME/, as prepare.py writes it:
     meta.json                codec, counts, and what it was prepared from
     train_000.npy            uint16 [frames, K], read by memory map; a further shard every SHARD_FRAMES
     train_000_melody.npy     uint8 [frames], the strongest pitch class at each frame, 12 being silence
-    train_000.jsonl          per track: path, first frame in the shard, frames, caption, metadata
+    train_000.jsonl          per track: path, first frame in the shard, frames, caption (several: captions), metadata
     valid_000.*              the held-out tracks
     counts.npy               int64 [2, K, card], how often each code occurs in train and in valid
     tokenizer.model          SentencePiece, trained on the captions
@@ -83,9 +83,10 @@ def read_tokenizer(folder):
 def read_tracks(path, frames):
     """The tracks of a shard's .jsonl, which must lie within its `frames`."""
     try:
-        tracks = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        tracks = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         for track in tracks:
-            texts, numbers = (track["name"], track["caption"]), (track["first"], track["frames"])
+            texts = (track["name"], track["caption"], *track.get("captions", ()))
+            numbers = (track["first"], track["frames"])
             if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
                 raise ValueError(f"{track['name']}: a value is of the wrong kind")
             if not 0 <= track["first"] < track["first"] + track["frames"] <= frames:
@@ -180,7 +181,9 @@ class Tokens:
             draw = np.random.default_rng([s.seed, step, row + 1])  # row 0 would repeat the batch's own numbers
             start = int(draw.integers(max(0, track["frames"] - T) + 1))
             frames = min(T, track["frames"])
-            given = draw_conditions(track["caption"], track["metadata"], frames, self.frame_rate, draw, s)
+            captions = track.get("captions")
+            caption = captions[draw.integers(len(captions))] if captions else track["caption"]
+            given = draw_conditions(caption, track["metadata"], frames, self.frame_rate, draw, s)
             items.append((track, start, given))
         return items
 

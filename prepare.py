@@ -10,6 +10,7 @@ Letters: K codebooks, T frames.
 """
 
 import argparse
+import codecs
 import collections
 import hashlib
 import io
@@ -21,6 +22,7 @@ import shutil
 import signal
 import sys
 import threading
+import unicodedata
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -31,10 +33,11 @@ import torch
 from tqdm import tqdm
 
 import common
-from codec import SUFFIXES, encode_many, load_audio, load_codec
+from codec import OTHER_SUFFIXES, SUFFIXES, encode_many, load_audio, load_codec
 from common import UserError
 from conditioning import CHROMA_RATE, SILENCE, melody_of
-from data import DATA_FORMAT, Tokens, read_meta
+from config import FIELDS
+from data import DATA_FORMAT, Tokens, read_meta, read_tokenizer
 
 SHARD_FRAMES = 100_000_000
 
@@ -42,11 +45,46 @@ SHARD_FRAMES = 100_000_000
 # -------------------------------------------------------------------------------------------------- finding tracks
 
 
+def read_text(path):
+    """A text file in UTF-8, or in UTF-16 with its mark; raises UserError for what is neither."""
+    content = path.read_bytes()
+    is_utf16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise UserError(f"{path}: is no text in UTF-8; save it as UTF-8")
+    return text
+
+
+def plain(text):
+    """A caption on one line, without letters that nobody sees: controls, zero-width ones, marks of direction."""
+    unseen = ("Cc", "Cf", "Cs", "Co", "Cn")
+    return " ".join("".join(" " if unicodedata.category(c) in unseen else c for c in text).split())
+
+
+def captions_of(entry, where):
+    """Takes "caption", or "description" as audiocraft has it, out of an entry -> its captions, none empty."""
+    found = entry.pop("description", None)
+    found = entry.pop("caption", found)
+    found = found if isinstance(found, list) else [found or ""]
+    if not all(isinstance(caption, str) for caption in found):
+        raise UserError(f'{where}: "caption" must be text, or a list of texts, not {found[0]!r}')
+    return [caption for caption in map(plain, found) if caption]
+
+
+def metadata_of(entry):
+    """What an entry says besides: lists become text, and what is null or empty is left out."""
+    texts = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in entry.items()}
+    return {key: value for key, value in texts.items() if value not in (None, "")}
+
+
 def tracks_of_manifest(manifest):
     """JSONL lines {"path", "caption", ...}; paths are relative to the manifest, other keys are metadata."""
     try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
+        lines = read_text(manifest).split("\n")
+    except UserError:
         raise UserError(f"{manifest}: neither a folder of audio nor a JSONL manifest; give the folder") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -66,27 +104,39 @@ def tracks_of_manifest(manifest):
         yield path, entry, where
 
 
+def files_under(folder):
+    """Every file in a folder, and in folders that are linked there, each once."""
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        yield from (Path(root, name) for name in files)
+
+
 def tracks_of_folder(folder):
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES:
+    for path in sorted(files_under(folder)):
+        if path.suffix.lower() in SUFFIXES | OTHER_SUFFIXES:
             entry, text, sidecar = {}, path.with_suffix(".txt"), path.with_suffix(".json")
             if sidecar.is_file():
                 try:
-                    entry = json.loads(sidecar.read_text(encoding="utf-8"))
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    entry = json.loads(read_text(sidecar))
+                except json.JSONDecodeError as error:
                     raise UserError(f"{sidecar}: not JSON ({error})") from None
                 if not isinstance(entry, dict) or not isinstance(entry.get("attributes", {}), dict):
                     raise UserError(f'{sidecar}: must hold an object, {{"caption": "...", "genre": "jazz"}}')
             if text.is_file():
-                entry["caption"] = text.read_text(encoding="utf-8", errors="replace")
+                entry["caption"] = read_text(text)
             yield path, entry, sidecar
 
 
 def find_tracks(music, captions_needed):
     """-> a list of {"path", "melody_from", "name", "caption", "metadata"}; the name is the path relative to the music.
 
-    melody_from is the file whose melody is the track's: a stem that the entry names, relative to the manifest or the
-    track's folder, or the track itself. The metadata are the other keys, those of an inner "attributes" among them.
+    A track of several captions has "captions" too, and the first of them is its "caption". melody_from is the file
+    whose melody is the track's: a stem that the entry names, relative to the manifest or the track's folder, or the
+    track itself. The metadata are the other keys, those of an inner "attributes" among them.
     """
     music = Path(music)
     if not music.exists():
@@ -94,15 +144,16 @@ def find_tracks(music, captions_needed):
     root = music if music.is_dir() else music.parent
     tracks = []
     for path, entry, where in tracks_of_folder(music) if music.is_dir() else tracks_of_manifest(music):
-        caption = " ".join(str(entry.pop("caption", "") or "").split())
+        captions = captions_of(entry, where)
         attributes = entry.pop("attributes", {})
         stem = entry.pop("melody_from", None)
         stem = (path.parent if music.is_dir() else root) / str(stem) if stem else path
         if not stem.is_file():
             raise UserError(f"{where}: melody_from {stem}: no such file")
         name = os.path.relpath(path, root)
-        tracks.append(dict(path=str(path), melody_from=str(stem), name=name, caption=caption,
-                           metadata={**entry, **attributes}))  # fmt: skip
+        track = dict(path=str(path), melody_from=str(stem), name=name, caption=captions[0] if captions else "",
+                     metadata=metadata_of({**entry, **attributes}))  # fmt: skip
+        tracks.append(track | ({"captions": captions} if len(captions) > 1 else {}))
     if not tracks:
         raise UserError(f"{music}: holds no audio ({', '.join(sorted(SUFFIXES))})")
     name, times = Counter(track["name"] for track in tracks).most_common(1)[0]
@@ -110,16 +161,16 @@ def find_tracks(music, captions_needed):
         raise UserError(f"{music}: names {name} more than once; each track is needed once")
     if captions_needed and not any(track["caption"] for track in tracks):
         raise UserError(
-            f"{music}: none of its {len(tracks)} tracks has a caption; put one beside each as a .txt of the same name,"
-            f" or pass --no-captions to train without text"
+            f"{music}: none of its {len(tracks)} tracks has a caption; put one beside each as a .txt of the same name"
+            f' (in a manifest, as "caption"), or pass --no-captions to train without text'
         )
     return tracks
 
 
 def split_tracks(tracks, valid_fraction):
     """The names held out: those whose hash falls below the fraction, and never none nor all of them."""
-    ranked = sorted(tracks, key=lambda track: (zlib.crc32(track["name"].encode()), track["name"]))
-    below = sum(zlib.crc32(track["name"].encode()) < valid_fraction * 2**32 for track in ranked)
+    ranked = sorted(tracks, key=lambda track: (zlib.crc32(os.fsencode(track["name"])), track["name"]))
+    below = sum(zlib.crc32(os.fsencode(track["name"])) < valid_fraction * 2**32 for track in ranked)
     return {track["name"] for track in ranked[: min(max(1, below), len(ranked) - 1)]}
 
 
@@ -137,6 +188,8 @@ def start_worker(codec_name, weights):
 def read_track(job):
     """-> (wav float32 [channels, samples], melody uint8 [T]), or the reason why the track is left out."""
     path, melody_from, min_seconds = job
+    if Path(path).suffix.lower() in OTHER_SUFFIXES:
+        return f"{Path(path).suffix} is read by no library here; convert it to flac or wav"
     try:
         wav = load_audio(path, codec.sample_rate, codec.channels)
         if wav.shape[1] < min_seconds * codec.sample_rate:
@@ -240,14 +293,14 @@ def count_codes(tokens, tracks, card):
 
 
 def train_tokenizer(tracks, vocab_size):
-    """SentencePiece (unigram, byte fallback) on every caption and every 'key: value' of the metadata -> bytes."""
-    sentences = [track["caption"] for track in tracks if track["caption"]]
+    """SentencePiece (BPE, case folded, byte fallback) on every caption and 'key: value' of the metadata -> bytes."""
+    sentences = [caption for track in tracks for caption in track.get("captions", [track["caption"]]) if caption]
     sentences += sorted({f"{key}: {value}" for track in tracks for key, value in track["metadata"].items()})
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences or ["music"]), model_writer=model, vocab_size=vocab_size,
         model_type="bpe", normalization_rule_name="nmt_nfkc_cf", byte_fallback=True, hard_vocab_limit=False,
-        minloglevel=2, num_threads=1,
+        minloglevel=2, num_threads=1, max_sentence_length=2**30,
     )  # fmt: skip
     return model.getvalue()
 
@@ -292,8 +345,10 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         raise UserError("--workers must be 0 or above, and --valid_fraction between 0 and 1")
     codec = load_codec(codec_name, codec_weights).to("cuda" if torch.cuda.is_available() else "cpu")
     tracks = find_tracks(music, captions)
-    contents = [[t["name"], t["melody_from"], t["caption"], t["metadata"], os.path.getsize(t["path"]),
-                 os.path.getsize(t["melody_from"])] for t in tracks]  # fmt: skip
+    held_out = split_tracks(tracks, valid_fraction)  # drawn again once it is known which tracks can be used
+    tokenizer = train_tokenizer([track for track in tracks if track["name"] not in held_out], vocab_size)
+    contents = [[t["name"], t["melody_from"], t.get("captions", t["caption"]), t["metadata"],
+                 os.path.getsize(t["path"]), os.path.getsize(t["melody_from"])] for t in tracks]  # fmt: skip
     digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     request = dict(music=str(Path(music).resolve()), tracks=digest, codec=codec.id, min_seconds=min_seconds,
                    valid_fraction=valid_fraction)  # fmt: skip
@@ -329,7 +384,7 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     for split, chosen in splits.items():
         write_split(work, split, chosen, tokens, melody)
     (work / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped), encoding="utf-8")
-    (work / "tokenizer.model").write_bytes(train_tokenizer(splits["train"], vocab_size))
+    (work / "tokenizer.model").write_bytes(tokenizer)
     np.save(work / "counts.npy", [count_codes(tokens, chosen, codec.card) for chosen in splits.values()])
     counts = {split: dict(tracks=len(chosen), frames=sum(track["frames"] for track in chosen))
               for split, chosen in splits.items()}  # fmt: skip
@@ -342,9 +397,33 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         (out / name).unlink()
     for split, count in counts.items():
         print(f"{split}: {count['tracks']} tracks, {count['frames'] / codec.frame_rate / 60:.1f} minutes")
+    print_captions(kept, tokenizer)
     if skipped:
         print(f"skipped: {len(skipped)} tracks, listed in {out / 'skipped.jsonl'}; the first: {skipped[0]['reason']}")
     print(f"wrote {out}")
+
+
+def print_captions(tracks, tokenizer):
+    """What a model hears of the captions: their lengths in tokens, how many are cut, how much is spelled in letters."""
+    captions = [caption for track in tracks for caption in track.get("captions", [track["caption"]]) if caption]
+    if not captions:
+        return
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+    pieces = [processor.encode(caption, out_type=str) for caption in captions]
+    lengths, limit = [len(one) for one in pieces], FIELDS["text_max_tokens"].default
+    spelled = [
+        piece
+        for one in pieces
+        for piece in one
+        if piece.startswith("<0x") or (len(piece) == 1 and piece.isascii() and piece.isalpha())
+    ]
+    words = Counter(word for caption in captions for word in caption.lower().split())
+    print(f"captions: {len(captions)}, of {np.median(lengths):.0f} tokens (95 % of them of at most"
+          f" {np.percentile(lengths, 95):.0f}), {100 * len(spelled) / sum(lengths):.0f} % single letters or bytes;"
+          f" commonest words: {', '.join(word for word, _ in words.most_common(10))}")  # fmt: skip
+    if cut := sum(length > limit for length in lengths):
+        print(f"{cut} of {len(captions)} captions are longer than the {limit} tokens that a model hears of them;"
+              f" train with --text_max_tokens={max(lengths)}, or shorten them")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- check
@@ -367,6 +446,7 @@ def check(folder, codec_weights=""):
         tokens = Tokens(folder, split)
         seconds = np.array([track["frames"] for track in tokens.tracks]) / rate
         uncaptioned = sum(not track["caption"] for track in tokens.tracks)
+        print_captions(tokens.tracks, read_tokenizer(folder))
         silent = total = 0
         for track in tokens.tracks:
             codes = tokens.shards[track["shard"]][track["first"] : track["first"] + track["frames"]]
@@ -383,7 +463,7 @@ def check(folder, codec_weights=""):
             f" {seconds.max():.1f}, median {np.median(seconds):.1f}; {uncaptioned} without caption;"
             f" {100 * silent / total:.1f}% silent frames"
         )
-    skipped = (Path(folder) / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    skipped = (Path(folder) / "skipped.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     print(f"skipped: {len(skipped)}")
     for problem in problems[:20]:
         print(f"problem: {problem}")
@@ -404,6 +484,7 @@ def main():
     parser.add_argument("--min_seconds", type=float, default=1.0, help="shorter tracks are left out (default 1)")
     parser.add_argument("--no-captions", action="store_true", help="accept music of which no track has a caption")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     if args.music[0] == "check" and len(args.music) == 2:
         sys.exit(1 if check(args.music[1], args.codec_weights) else 0)
     if len(args.music) != 1 or not args.out:

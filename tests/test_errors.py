@@ -59,7 +59,7 @@ def test_music_that_cannot_be_prepared(command, music, tmp_path):
     good = '{"path": "a.wav", "caption": "x"}\n'
     refused(preparing(tmp_path / "nowhere"), "nowhere: no such folder or manifest")
     (tmp_path / "empty").mkdir()
-    refused(preparing(tmp_path / "empty"), "empty: holds no audio (.flac, .mp3, .ogg, .opus, .wav)")
+    refused(preparing(tmp_path / "empty"), "empty: holds no audio (.aif, .aifc, .aiff, .au, .caf, .flac,")
     refused(preparing(manifest(good + "not json\n")), "m.jsonl, line 2: not JSON")
     refused(preparing(manifest(good + '{"caption": "x"}\n')), 'm.jsonl, line 2: has no "path"')
     refused(preparing(manifest(good + '\n{"path": "c.wav"}\n')), "m.jsonl, line 3", "c.wav: no such file")

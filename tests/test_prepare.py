@@ -1,12 +1,15 @@
 """Music to token shards: what is taken, what is left out and why, and that nothing encoded is lost."""
 
 import json
+import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import soundfile
 import torch
 from conftest import Ranks
@@ -15,6 +18,7 @@ import common
 import prepare
 from codec import load_audio, load_codec
 from common import UserError
+from config import Settings
 from data import Tokens
 
 TONE = 0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * 22_050) / 22_050)
@@ -147,3 +151,133 @@ def test_check_finds_what_is_wrong(own_dataset, capsys):
     (own_dataset / "meta.json").write_text(json.dumps({**meta, "valid": meta["train"]}))
     assert prepare.check(own_dataset) == 2 + 4 + meta["train"]["tracks"]
     assert "is the same music as" in capsys.readouterr().out
+
+
+# What people have
+
+
+def folder_of(tmp_path, **sidecars):
+    """Four short tracks, the first of them with the sidecars {suffix: bytes}."""
+    music = tmp_path / "music"
+    music.mkdir()
+    for number in range(4):
+        soundfile.write(music / f"{number}.wav", TONE * (1 - number / 10), 22_050)
+        (music / f"{number}.txt").write_text(f"plain tone {number}")
+    if sidecars:
+        (music / "0.txt").unlink()
+    for suffix, content in sidecars.items():
+        (music / f"0.{suffix}").write_bytes(content)
+    return music
+
+
+def tracks_in(music):
+    return {Path(track["name"]).name: track for track in prepare.find_tracks(music, captions_needed=True)}
+
+
+@pytest.mark.parametrize("content, caption", [
+    ("calm ♪".encode(), "calm ♪"),
+    ("calm ♪".encode("utf-8-sig"), "calm ♪"),
+    ("calm ♪".encode("utf-16"), "calm ♪"),
+    ("a\u200b \ufeffslow\x07\n\ttone\u2028now".encode(), "a slow tone now"),
+    ("\u200b".encode(), ""),
+])  # fmt: skip
+def test_captions_are_read_as_they_were_meant(tmp_path, content, caption):
+    assert tracks_in(folder_of(tmp_path, txt=content))["0.wav"]["caption"] == caption
+
+
+@pytest.mark.parametrize("content", ["caf\xe9".encode("latin-1"), "calm".encode("utf-16-le"), b"\x00\x01"])
+def test_captions_in_other_encodings_are_refused_by_name(tmp_path, content):
+    with pytest.raises(UserError, match=r"0\.txt: is no text in UTF-8; save it as UTF-8"):
+        tracks_in(folder_of(tmp_path, txt=content))
+
+
+def test_the_layout_of_the_reference_is_read(tmp_path):
+    entry = {"description": "a warm pad", "title": None, "moods": ["calm", "warm"], "bpm": "", "genre": "ambient"}
+    track = tracks_in(folder_of(tmp_path, json=json.dumps(entry).encode("utf-8-sig")))["0.wav"]
+    assert track["caption"] == "a warm pad" and track["metadata"] == {"moods": "calm, warm", "genre": "ambient"}
+    with pytest.raises(UserError, match='0.json: "caption" must be text, or a list of texts, not 7'):
+        (tmp_path / "music" / "0.json").write_text('{"caption": 7}')
+        tracks_in(tmp_path / "music")
+
+
+def test_line_separators_within_json_end_no_line(tmp_path):
+    music = folder_of(tmp_path)
+    lines = [json.dumps(dict(path=f"{number}.wav", caption="one\u2028two\u0085"), ensure_ascii=False)
+             for number in range(4)]  # fmt: skip
+    (music / "m.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    assert [track["caption"] for track in tracks_in(music / "m.jsonl").values()] == ["one two"] * 4
+
+
+def test_several_captions_are_drawn_one_for_each_item(tmp_path):
+    several = {"caption": ["a slow tone", "a sad sound"]}
+    music = folder_of(tmp_path, json=json.dumps(several).encode())
+    prepare.prepare(music, tmp_path / "out", workers=1, valid_fraction=0)
+    texts, settings = Counter(), Settings(segment=1.0, batch_size=4, cfg_dropout=0.0)
+    for split in ("train", "valid"):
+        tokens = Tokens(tmp_path / "out", split)
+        for step in range(30):
+            draws = [tokens.draw(step, 50, settings) for _ in range(2)]
+            first, again = ([given["text"] for _, _, given in items] for items in draws)
+            assert first == again, "a pure function of the step"
+            texts.update(first)
+    assert texts["a slow tone"] > 5 and texts["a sad sound"] > 5 and texts["plain tone 1"] > 5
+    assert set(texts) == {*several["caption"], *(f"plain tone {number}" for number in (1, 2, 3))}
+
+
+def test_names_that_are_not_utf8_and_captions_of_any_length(tmp_path, capsys):
+    music = folder_of(tmp_path, txt=b"long words " * 600)
+    os.rename(music / "1.wav", os.fsencode(music) + b"/caf\xe9.wav")
+    (music / "2.txt").write_text("\u200b\u200d")
+    prepare.prepare(music, tmp_path / "out", workers=1)
+    tracks = [*Tokens(tmp_path / "out", "train").tracks, *Tokens(tmp_path / "out", "valid").tracks]
+    assert len(tracks) == 4 and "caf\udce9.wav" in [track["name"] for track in tracks]
+    printed = capsys.readouterr().out
+    assert "1 of 2 captions are longer than the 64 tokens that a model hears of them" in printed
+    assert "--text_max_tokens=" in printed and "commonest words: long, words" in printed
+    assert prepare.check(tmp_path / "out") == 0
+
+
+def test_case_and_width_of_letters_change_no_token(tmp_path):
+    tokenizer = prepare.train_tokenizer([dict(caption="slow piano without drums", metadata={})] * 9, 400)
+    encode = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).encode
+    assert encode("slow piano without drums") == encode("SLOW Piano Without ｄｒｕｍｓ")
+    assert len(encode("slow piano without drums")) == 4, "whole words"
+
+
+def test_captions_that_cannot_be_used_are_found_before_anything_is_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "encode_all", lambda *args: pytest.fail("encoded first"))
+    monkeypatch.setattr(prepare, "train_tokenizer", lambda *args: (_ for _ in ()).throw(UserError("no tokenizer")))
+    with pytest.raises(UserError, match="no tokenizer"):
+        prepare.prepare(folder_of(tmp_path), tmp_path / "out", workers=1)
+
+
+def test_no_audio_is_passed_over(tmp_path):
+    music = folder_of(tmp_path)
+    for name in ("a.aiff", "b.AIF", "c.WAVE", "d.au"):
+        kind = "WAV" if name == "c.WAVE" else "AU" if name == "d.au" else "AIFF"
+        soundfile.write(music / name, TONE * 0.5, 22_050, format=kind)
+    (music / "e.m4a").write_bytes(b"mp4")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    soundfile.write(elsewhere / "f.wav", TONE * 0.3, 22_050)
+    (music / "linked").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(music)  # a circle
+    prepare.prepare(music, tmp_path / "out", workers=1)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["train"]["tracks"] + meta["valid"]["tracks"] == 9
+    (skipped,) = map(json.loads, open(tmp_path / "out" / "skipped.jsonl"))
+    assert skipped["path"].endswith("e.m4a") and skipped["reason"].startswith(".m4a is read by no library here")
+
+
+@pytest.mark.parametrize("channels, left, right", [
+    (6, [0, 2, 4], [1, 2, 5]), (3, [0, 2], [1, 2]), (4, [0, 2], [1, 3]), (8, [0, 2, 4, 6], [1, 2, 5, 7]),
+])  # fmt: skip
+def test_surround_comes_out_on_its_sides(tmp_path, channels, left, right):
+    """A tone for each channel: what a stereo codec is given holds those of its side, and nothing that clips."""
+    hertz = 300 + 200 * np.arange(channels)
+    wav = 0.9 * np.sin(2 * np.pi * hertz * np.arange(16_000)[:, None] / 16_000)
+    soundfile.write(tmp_path / "a.wav", wav, 16_000)
+    power = np.abs(np.fft.rfft(load_audio(tmp_path / "a.wav", 16_000, 2).numpy())) ** 2
+    heard = [[i for i in range(channels) if power[side, hertz[i]] > 0.01 * power[side].max()] for side in (0, 1)]
+    assert heard == [left, right]
+    assert load_audio(tmp_path / "a.wav", 16_000, 2).abs().max() <= 1
