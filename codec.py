@@ -273,6 +273,9 @@ def load_audio(path, sample_rate, channels=1):
         raise UserError(f"{path}: holds no samples")
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: holds samples that are not numbers")
+    if Path(path).suffix.lower() == ".mp3" and (seconds := mp3_seconds(path)) > 1.02 * len(wav) / rate + 0.2:
+        heard = len(wav) / rate
+        raise UserError(f"{path}: its header tells of {heard:.1f} s, and it holds {seconds:.1f} s; convert it")
     if channels == 1:
         wav = wav.mean(1, keepdims=True)
     elif wav.shape[1] == 1:
@@ -285,6 +288,24 @@ def load_audio(path, sample_rate, channels=1):
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: holds samples too large to be music")
     return torch.from_numpy(np.ascontiguousarray(wav, dtype=np.float32))
+
+
+def mp3_seconds(path):
+    """What the frames of an MP3 add up to (ISO 11172-3, 13818-3): libsndfile goes by its header, which may be wrong."""
+    content, at, seconds = Path(path).read_bytes(), 0, 0.0
+    kbps = {3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+            2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}  # fmt: skip
+    while 0 <= at < len(content) - 3:
+        mark, second, third = content[at : at + 3]
+        version, layer, rate, bitrate = second >> 3 & 3, second >> 1 & 3, third >> 2 & 3, third >> 4
+        if mark != 255 or second < 224 or version == 1 or layer != 1 or rate == 3 or bitrate in (0, 15):
+            at = content.find(b"\xff", at + 1)
+            continue
+        hertz = (44_100, 48_000, 32_000)[rate] >> (2, 0, 1, 0)[version]
+        samples = 1152 if version == 3 else 576
+        seconds += samples / hertz
+        at += samples // 8 * 1000 * kbps[3 if version == 3 else 2][bitrate] // hertz + (third >> 1 & 1)
+    return seconds
 
 
 def downmix(wav):

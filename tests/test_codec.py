@@ -2,12 +2,13 @@
 
 import urllib.error
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from encodec import EncodecModel
 
-from codec import decode_stream, describe_codec, encode_many, load_codec, write_audio
+from codec import decode_stream, describe_codec, encode_many, load_audio, load_codec, mp3_seconds, write_audio
 from common import UserError
 from demo import corpus
 from demo.tiny import WEIGHTS
@@ -165,3 +166,16 @@ def test_a_write_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_audio(tmp_path / "a.wav", torch.zeros(1, 100), 16_000)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rate", [48_000, 44_100, 32_000, 22_050, 16_000, 8_000])
+def test_an_mp3_is_as_long_as_its_frames(rate, tmp_path):
+    """libsndfile believes the header: of two files joined it reads the first, and of one without header a part."""
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(5 * rate) / rate)
+    soundfile.write(tmp_path / "a.mp3", tone, rate)
+    assert mp3_seconds(tmp_path / "a.mp3") == pytest.approx(5, abs=0.3)
+    assert load_audio(tmp_path / "a.mp3", 16_000).shape[1] == pytest.approx(80_000, abs=5000)
+    whole = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "joined.mp3").write_bytes(2 * whole)
+    with pytest.raises(UserError, match=r"header tells of 5.\d s, and it holds (9.9|10.\d) s; convert it"):
+        load_audio(tmp_path / "joined.mp3", 16_000)
