@@ -52,7 +52,7 @@ from demo import tiny  # noqa: E402
 CODECS = {"tiny": (4, 512, 50, 64), "encodec_24khz": (8, 1024, 75, 128), "musicgen_32khz": (4, 2048, 50, 128)}
 BANDWIDTHS = {"1.5": 2, "3": 4, "6": 8, "12": 16}  # of encodec_24khz, in kbps: codebooks
 SUFFIXES = set(".wav .wave .flac .mp3 .ogg .oga .opus .aiff .aif .aifc .au .caf .w64".split())  # libsndfile's
-OTHER_SUFFIXES = set(".m4a .aac .mp4 .wma .webm .mka .ape .wv .alac .dsf .mid .midi".split())
+OTHER_SUFFIXES = set(".m4a .aac .mp4 .wma .webm .mka .ape .wv .alac .dsf .mid .midi".split())  # listed as skipped
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}  # that are written, libsndfile's names
 
 

@@ -126,19 +126,20 @@ def has_fast_bfloat16(device_type):
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
-def refuse_without_compiler(device):
-    """Raises UserError where torch.compile could not make code for this device."""
+def prepare_to_compile(device):
+    """Sets torch.compile's limits; raises UserError where it could not make code for this device."""
     compilers = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++", "clang++", "cl")
     has_triton = device.type != "cuda" or importlib.util.find_spec("triton")
     if not has_triton or not any(map(shutil.which, compilers)):
-        raise UserError("compile: needs g++ or clang++, and triton on a GPU; install them, or --compile=never")
+        raise UserError("compile: needs g++ or clang++, and triton on a GPU; install them, or do without: train.py"
+                        " --compile=never")  # fmt: skip
+    torch._dynamo.config.recompile_limit = 64  # code that all blocks share: lengths of captions, groups, frozen parts
+    torch._dynamo.config.optimize_ddp = False  # else DDP splits each block into several graphs
 
 
 def compile_blocks(model, device):
     """Has each block compiled at its first use; FSDP's hooks stay outside."""
-    refuse_without_compiler(device)
-    torch._dynamo.config.recompile_limit = 64  # all blocks share it: lengths of captions, frozen parts, no gradient
-    torch._dynamo.config.optimize_ddp = False  # else DDP splits each block into several graphs
+    prepare_to_compile(device)
     for block in model.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True)
 

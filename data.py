@@ -85,7 +85,7 @@ def read_tracks(path, frames):
     try:
         tracks = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         for track in tracks:
-            texts = (track["name"], track["caption"], *track.get("captions", ()))
+            texts = (track["name"], track["caption"], *captions_of(track))
             numbers = (track["first"], track["frames"])
             if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
                 raise ValueError(f"{track['name']}: a value is of the wrong kind")
@@ -96,6 +96,11 @@ def read_tracks(path, frames):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is damaged ({first_line(error)}); prepare the data again") from None
     return tracks
+
+
+def captions_of(track):
+    """All captions of a track; the one empty text where it has none."""
+    return track.get("captions", [track["caption"]])
 
 
 def read_array(path, **how):
@@ -181,8 +186,8 @@ class Tokens:
             draw = np.random.default_rng([s.seed, step, row + 1])  # row 0 would repeat the batch's own numbers
             start = int(draw.integers(max(0, track["frames"] - T) + 1))
             frames = min(T, track["frames"])
-            captions = track.get("captions")
-            caption = captions[draw.integers(len(captions))] if captions else track["caption"]
+            captions = captions_of(track)
+            caption = captions[draw.integers(len(captions))] if len(captions) > 1 else captions[0]
             given = draw_conditions(caption, track["metadata"], frames, self.frame_rate, draw, s)
             items.append((track, start, given))
         return items

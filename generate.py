@@ -125,8 +125,7 @@ def optimize(model, dtype=torch.float32, compiled=False):
         if isinstance(module, nn.Linear):
             module.to(dtype)
     if compiled:
-        common.refuse_without_compiler(device)
-        torch._dynamo.config.recompile_limit = 64  # one for each number of groups, of streams, of conditions
+        common.prepare_to_compile(device)
         # CUDA graphs, as in mode="reduce-overhead"; not to look for changed modules saves a twentieth of a step
         options = {"triton.cudagraphs": device.type == "cuda"}
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe

@@ -37,7 +37,7 @@ from codec import OTHER_SUFFIXES, SUFFIXES, encode_many, load_audio, load_codec
 from common import UserError
 from conditioning import CHROMA_RATE, SILENCE, melody_of
 from config import FIELDS
-from data import DATA_FORMAT, Tokens, read_meta, read_tokenizer
+from data import DATA_FORMAT, Tokens, captions_of, read_meta, read_tokenizer
 
 SHARD_FRAMES = 100_000_000
 
@@ -64,7 +64,7 @@ def plain(text):
     return " ".join("".join(" " if unicodedata.category(c) in unseen else c for c in text).split())
 
 
-def captions_of(entry, where):
+def take_captions(entry, where):
     """Takes "caption", or "description" as audiocraft has it, out of an entry -> its captions, none empty."""
     found = entry.pop("description", None)
     found = entry.pop("caption", found)
@@ -144,7 +144,7 @@ def find_tracks(music, captions_needed):
     root = music if music.is_dir() else music.parent
     tracks = []
     for path, entry, where in tracks_of_folder(music) if music.is_dir() else tracks_of_manifest(music):
-        captions = captions_of(entry, where)
+        captions = take_captions(entry, where)
         attributes = entry.pop("attributes", {})
         stem = entry.pop("melody_from", None)
         stem = (path.parent if music.is_dir() else root) / str(stem) if stem else path
@@ -294,7 +294,7 @@ def count_codes(tokens, tracks, card):
 
 def train_tokenizer(tracks, vocab_size):
     """SentencePiece (BPE, case folded, byte fallback) on every caption and 'key: value' of the metadata -> bytes."""
-    sentences = [caption for track in tracks for caption in track.get("captions", [track["caption"]]) if caption]
+    sentences = [caption for track in tracks for caption in captions_of(track) if caption]
     sentences += sorted({f"{key}: {value}" for track in tracks for key, value in track["metadata"].items()})
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -345,9 +345,7 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         raise UserError("--workers must be 0 or above, and --valid_fraction between 0 and 1")
     codec = load_codec(codec_name, codec_weights).to("cuda" if torch.cuda.is_available() else "cpu")
     tracks = find_tracks(music, captions)
-    held_out = split_tracks(tracks, valid_fraction)  # drawn again once it is known which tracks can be used
-    tokenizer = train_tokenizer([track for track in tracks if track["name"] not in held_out], vocab_size)
-    contents = [[t["name"], t["melody_from"], t.get("captions", t["caption"]), t["metadata"],
+    contents = [[t["name"], t["melody_from"], captions_of(t), t["metadata"],
                  os.path.getsize(t["path"]), os.path.getsize(t["melody_from"])] for t in tracks]  # fmt: skip
     digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     request = dict(music=str(Path(music).resolve()), tracks=digest, codec=codec.id, min_seconds=min_seconds,
@@ -361,6 +359,8 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     work = out.with_name(out.name + ".partial")
     if (work / "request.json").exists() and json.loads((work / "request.json").read_text()) != request:
         raise UserError(f"{work}: was begun with other tracks or another codec; remove it to start again")
+    held_out = split_tracks(tracks, valid_fraction)  # drawn again once it is known which tracks can be used
+    tokenizer = train_tokenizer([track for track in tracks if track["name"] not in held_out], vocab_size)
     work.mkdir(parents=True, exist_ok=True)
     common.write_json(work / "request.json", request)
 
@@ -405,12 +405,13 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
 
 def print_captions(tracks, tokenizer):
     """What a model hears of the captions: their lengths in tokens, how many are cut, how much is spelled in letters."""
-    captions = [caption for track in tracks for caption in track.get("captions", [track["caption"]]) if caption]
+    captions = [caption for track in tracks for caption in captions_of(track) if caption]
     if not captions:
         return
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     pieces = [processor.encode(caption, out_type=str) for caption in captions]
     lengths, limit = [len(one) for one in pieces], FIELDS["text_max_tokens"].default
+    total = max(1, sum(lengths))
     spelled = [
         piece
         for one in pieces
@@ -419,7 +420,7 @@ def print_captions(tracks, tokenizer):
     ]
     words = Counter(word for caption in captions for word in caption.lower().split())
     print(f"captions: {len(captions)}, of {np.median(lengths):.0f} tokens (95 % of them of at most"
-          f" {np.percentile(lengths, 95):.0f}), {100 * len(spelled) / sum(lengths):.0f} % single letters or bytes;"
+          f" {np.percentile(lengths, 95):.0f}), {100 * len(spelled) / total:.0f} % single letters or bytes;"
           f" commonest words: {', '.join(word for word, _ in words.most_common(10))}")  # fmt: skip
     if cut := sum(length > limit for length in lengths):
         print(f"{cut} of {len(captions)} captions are longer than the {limit} tokens that a model hears of them;"

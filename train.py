@@ -56,6 +56,12 @@ def unbiased_decay(decay, updates):
     return 1 - (1 - decay) / (1 - decay**updates)
 
 
+def update_ema(ema, model, decay):
+    """Takes the model's weights into their EMA, an AveragedModel."""
+    ema.multi_avg_fn = get_ema_multi_avg_fn(unbiased_decay(decay, int(ema.n_averaged) + 1))
+    ema.update_parameters(model)
+
+
 def codebook_weights(s, K):
     """What each codebook's cross-entropy counts in the loss, [K]; their mean is 1."""
     weights = torch.tensor(s.codebook_weights or [1] * K, dtype=torch.float32)
@@ -275,9 +281,7 @@ def main():
             scaler.step(optimizer)
             model.conditioner.update()
             if step % s.ema_every == 0:
-                decay = unbiased_decay(s.ema_decay, int(ema.n_averaged) + 1)
-                ema.multi_avg_fn = get_ema_multi_avg_fn(decay)
-                ema.update_parameters(model)
+                update_ema(ema, model, s.ema_decay)
             recent.append(ce_q)
         else:
             model.conditioner.discard()

@@ -34,6 +34,21 @@ def test_rotary_positions_are_relative():
     torch.testing.assert_close(rotate(q, rotations(torch.tensor([0]), 16)), q)
 
 
+def test_a_rotary_model_knows_how_far_apart_steps_stand_and_not_where(monkeypatch):
+    """With sinusoids, the other way of settings.positions, a shift of all steps changes the logits."""
+    codes, logits = torch.randint(0, 64, (2, 4, 12)), {}
+    for positions in ("rope", "sinusoidal"):
+        model = make_model(positions=positions)
+        usual, inputs = model.positions, model.conditioner.prepare([PIANO, ORGAN])
+        for way, move in dict(usual=lambda x: x, shifted=lambda x: x + 7, stretched=lambda x: 2 * x).items():
+            monkeypatch.setattr(model, "positions", lambda S, move=move, usual=usual: move(usual(S)))
+            logits[positions, way] = model.aligned_logits(codes, inputs).nan_to_num()
+    torch.testing.assert_close(logits["rope", "usual"], logits["rope", "shifted"], rtol=1e-3, atol=1e-3)
+    for other in (("rope", "stretched"), ("sinusoidal", "usual")):
+        assert (logits["rope", "usual"] - logits[other]).abs().max() > 0.1
+    assert (logits["sinusoidal", "usual"] - logits["sinusoidal", "shifted"]).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
 def test_loss_in_pattern_order_equals_loss_on_aligned_logits(pattern):
     model = make_model(pattern=pattern)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import common
 import config
@@ -171,8 +171,7 @@ def our_training(args, B, device, dtype, compiled):
         *_, norm = grad_norm.tolist()
         if norm < float("inf"):
             scaler.step(optimizer)
-            ema.multi_avg_fn = get_ema_multi_avg_fn(train.unbiased_decay(s.ema_decay, int(ema.n_averaged) + 1))
-            ema.update_parameters(model)
+            train.update_ema(ema, model, s.ema_decay)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 

@@ -6,10 +6,11 @@ python -m tools.figures out/demo docs/epochs.png --clip 1
 import argparse
 from pathlib import Path
 
+import soundfile
+
 import common
-from codec import draw_spectrogram, load_codec
+from codec import draw_spectrogram
 from common import UserError
-from generate import load_model
 from log import read_log
 
 WIDTH, HEIGHT, LABEL = 800, 130, 18  # pixels
@@ -25,11 +26,9 @@ def draw(run, picture, number):
     clip = rounds[-1]["clips"][number]
     rows = [(f"epoch {line['epoch']}: {clip['caption']}", line["clips"][number]["free"]) for line in shown]
     rows.append(("real music, through the codec", clip["codec"]))
-    _, settings, description = load_model(run / "best.pt")
-    sample_rate = load_codec(description["name"], settings.codec_weights).sample_rate
     sheet = Image.new("RGB", (WIDTH, len(rows) * (HEIGHT + LABEL)), "white")
     for row, (title, path) in enumerate(rows):
-        draw_spectrogram(run / path, picture, sample_rate)
+        draw_spectrogram(run / path, picture, soundfile.info(run / path).samplerate)
         with Image.open(picture) as spectrogram:
             sheet.paste(spectrogram.resize((WIDTH, HEIGHT)), (0, row * (HEIGHT + LABEL) + LABEL))
         ImageDraw.Draw(sheet).text((4, row * (HEIGHT + LABEL) + 3), title, fill="black")

@@ -7,12 +7,12 @@ its own initialisation. The peers' text states come from an embedder like ours, 
 a mark at a time; reading the batches counts, validation does not.
 """
 
-import copy
+import dataclasses
 import time
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import common
@@ -26,13 +26,6 @@ from tools import peers
 MARKS = 10  # validations of each row
 
 
-def reference(s):
-    """The same settings with MusicGen's own choices in the model and the loss."""
-    theirs = copy.copy(s)
-    theirs.positions, theirs.codebook_weights = "sinusoidal", ()
-    return theirs
-
-
 def learn(model, s, train_data, valid_data, seconds, device, autocast):
     """Trains for so many seconds; yields (seconds of training, tokens, held-out ce by codebook) at each mark."""
     T, trained, step, mark = model.trained_frames, 0.0, 0, 1
@@ -41,8 +34,7 @@ def learn(model, s, train_data, valid_data, seconds, device, autocast):
     ema.module.eval()
     optimizer, weights = train.make_optimizer(model, s), train.codebook_weights(s, model.K).to(device)
     steps = data.TrainingSteps(train_data, model.conditioner.prepare, T, s)
-    thousandths = copy.copy(s)
-    thousandths.steps, thousandths.warmup = 1000, 30
+    thousandths = dataclasses.replace(s, steps=1000, warmup=30)
     while mark <= MARKS:
         start = time.perf_counter()
         (batch,), scored_items = steps[step]
@@ -55,8 +47,7 @@ def learn(model, s, train_data, valid_data, seconds, device, autocast):
             group["lr"] = train.learning_rate(int(1000 * min(1, trained / seconds)), thousandths)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.multi_avg_fn = get_ema_multi_avg_fn(train.unbiased_decay(s.ema_decay, int(ema.n_averaged) + 1))
-        ema.update_parameters(model)
+        train.update_ema(ema, model, s.ema_decay)
         loss.item()
         step, trained = step + 1, trained + time.perf_counter() - start
         if trained >= mark * seconds / MARKS:
@@ -72,16 +63,16 @@ def bench_learning(names, seconds, device, autocast, overrides=()):
         prepare_demo(s.data, s.demo_clips, s.codec, s.codec_weights)
     train_data, valid_data = data.Tokens(s.data, "train"), data.Tokens(s.data, "valid")
     codec, tokenizer = data.load_codec(s.data, s.codec, s.codec_weights).describe(), data.read_tokenizer(s.data)
+    plain = dataclasses.replace(s, positions="sinusoidal", codebook_weights=())  # MusicGen's own choices
     rows = {}
     for name in ("ours", "ours, plain", *names):
         torch.manual_seed(s.seed)
-        settings = s if name == "ours" else reference(s)
+        settings = s if name == "ours" else plain
         try:
-            model = (
-                peers.Learner(name, settings, codec, tokenizer)
-                if name in names
-                else MusicLM(settings, codec, tokenizer)
-            )
+            if name in names:
+                model = peers.Learner(name, settings, codec, tokenizer)
+            else:
+                model = MusicLM(settings, codec, tokenizer)
         except ImportError as error:
             print(f"{name} is left out: {error}")
             continue
