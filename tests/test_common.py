@@ -53,7 +53,7 @@ WAYS = {
     "1 in micro-batches": (1, "--micro_batch=1", "--evaluate_clips=0"),
     "2 by ddp": (2, "--parallel=ddp", "--micro_batch=1"),
     "4 by ddp": (4, "--parallel=ddp", "--evaluate_clips=0"),
-    "2 by fsdp": (2, "--parallel=fsdp", "--micro_batch=1", "--activation_checkpointing=True"),
+    "2 by fsdp": (2, "--parallel=fsdp", "--micro_batch=1", "--activation_checkpointing=True", "--evaluate_clips=0"),
     "4 by fsdp": (4, "--parallel=fsdp", "--reshard_after_forward=False", "--evaluate_clips=0"),
 }
 
