@@ -126,11 +126,34 @@ def optimize(model, dtype=torch.float32, compiled=False):
             module.to(dtype)
     if compiled:
         common.prepare_to_compile(device)
-        # CUDA graphs, as in mode="reduce-overhead"; not to look for changed modules saves a twentieth of a step
-        options = {"triton.cudagraphs": device.type == "cuda"}
-        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        # Not to look for changed modules saves a twentieth of a step.
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         model.compiled_step = torch.compile(decode_one_step, fullgraph=True, options=options)
     return model
+
+
+class CUDAGraph:
+    """A function of tensors, recorded for GPUs, which launch its hundreds of kernels as one from then on.
+
+    It is called a few times with `inputs` first, which must not matter; its output is overwritten by the next call.
+    """
+
+    def __init__(self, function, *inputs):
+        self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()  # recording needs all that is set up at first use, made on another stream
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others load data meanwhile
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        for tensor, new in zip(self.inputs, inputs):
+            tensor.copy_(new)
+        self.graph.replay()
+        return self.output
 
 
 def generate(model, conditions, frames, prompt=None, progress=lambda frames: None, **options):
@@ -202,12 +225,18 @@ def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_
         if past.shape[2] + P:
             prefill(model, past, prefix, states_mask, caches)
     decode = getattr(model, "compiled_step", decode_one_step)
+
+    def next_codes(tokens, position, seen, uniform):
+        with precision(model):
+            logits = decode(model, tokens, position, states_mask, caches, P, seen, cfg, beta)
+        return choose_codes(logits, uniform, temperature, top_k, top_p)
+
     for step in range(first, pattern.S):
         W = P + step + (P + step) % 2 if device.type == "cpu" else len(steps)  # a GPU prefers one shape
-        with precision(model):
-            logits = decode(model, sequence[:, :, step - 1], steps[step - 1 : step], states_mask, caches, P, steps[:W],
-                            cfg, beta)  # fmt: skip
-        found = choose_codes(logits, uniform[step], temperature, top_k, top_p)
+        inputs = sequence[:, :, step - 1], steps[step - 1 : step], steps[:W], uniform[step]
+        if step == first and device.type == "cuda":
+            next_codes = CUDAGraph(next_codes, *inputs)
+        found = next_codes(*inputs)
         sequence[:, :, step] = torch.where(sequence[:, :, step] == UNKNOWN, found, sequence[:, :, step])
         if (t := completes.get(step, -1)) >= done:
             yield sequence.gather(2, pattern.step[:, t : t + 1].expand(len(codes), -1, -1))

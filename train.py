@@ -297,6 +297,8 @@ def main():
                         lr=learning_rate(step - 1, s), grad_norm=grad_norm, skipped=skipped,
                         tokens_per_s=round(since.frames * model.K / seconds),
                         data_wait=round(since.waited / seconds, 4))  # fmt: skip
+            if device.type == "cuda":
+                line["memory"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)  # GiB, the most so far
             if peak < math.inf:
                 line["mfu"] = round((step - since.step) * flops / seconds / peak, 4)
             log.write("metrics", line)

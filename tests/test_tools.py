@@ -25,7 +25,7 @@ def test_a_bench_prints_what_it_promises(command, monkeypatch):
     assert status == 0, output
     lines = [line.split() for line in output.splitlines() if line.startswith("  ours  ")]
     assert [line[2] for line in lines] == ["tokens/s", "frames/s"]
-    model = bench.make_model(bench_arguments(), 12)[0]
+    model = bench.make_model(bench_arguments(), 12, "cpu")[0]
     seconds = 1 * 4 * 12 / float(lines[0][1].replace(",", ""))
     assert float(lines[0][3]) == pytest.approx(100 * model.flops() / seconds / 1e15, abs=0.51)
     assert (

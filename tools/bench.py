@@ -3,7 +3,7 @@
     python -m tools.bench                                 # tiny, on the device that there is
     python -m tools.bench --size small --train_batch 1 --generate_batch 1,4 --generate_frames 50
     python -m tools.bench --compile --peers               # compiled too, and the peers that are installed
-    python -m tools.bench --work train --size small --train_batch 8 --train_frames 1500 --dtype bfloat16 --compile
+    python -m tools.bench --gpu                           # all that one wants to know of a GPU, in ten minutes
 
 What is in one table is timed in turn, once each, `--repeats` times over, and medians are given: whatever else the
 machine does falls on all alike. The ceilings are the arithmetic of a large matrix product and the bandwidth of a large
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import io
+import json
 import multiprocessing
 import os
 import resource
@@ -48,8 +49,17 @@ SIZES = {
     "small": dict(dim=1024, heads=16, layers=24),
     "medium": dict(dim=1536, heads=24, layers=48),
 }
+WORK = ("train", "run", "generate", "prepare", "start", "learn")
 K, FRAME_RATE, CFG, TOP_K = 4, 50, 3.0, 250
 CONDITIONS = {"text": "a slow piano melody in a minor key, with drums"}
+ON_GPU = (  # each in a process of its own, so that the memory is its own
+    "--work train --size small --train_batch 8 --train_frames 1500 --compile --peers",
+    "--work train --size medium --train_batch 4 --train_frames 1500 --compile",
+    "--work run --size small",
+    "--work generate --size small --generate_batch 1,64 --compile",
+    "--work generate --size small --generate_batch 1,64 --generate_frames 100 --peers transformers",
+    "--work prepare",
+)
 
 
 # --------------------------------------------------------------------------------------------------- the clock
@@ -125,16 +135,17 @@ def shape_of(args):
     return dict(**SIZES[args.size], card=args.card, K=K)
 
 
-def make_model(args, frames):
+def make_model(args, frames, device):
     torch.manual_seed(0)
     sizes = dict(**SIZES[args.size], segment=frames / FRAME_RATE)
     s = Settings(**sizes, activation_checkpointing=args.activation_checkpointing)
     tokenizer = prepare.train_tokenizer([dict(caption=CONDITIONS["text"], metadata={})], 1000)
-    return MusicLM(s, dict(K=K, card=args.card, frame_rate=FRAME_RATE, dim=64), tokenizer), s
+    with torch.device(device):  # drawn there: a CPU takes half a minute for small
+        return MusicLM(s, dict(K=K, card=args.card, frame_rate=FRAME_RATE, dim=64), tokenizer), s
 
 
 def condition_length(args):
-    return len(make_model(args, 100)[0].conditioner.text.tokenizer.encode(CONDITIONS["text"]))
+    return len(make_model(args, 100, "meta")[0].conditioner.text.tokenizer.encode(CONDITIONS["text"]))
 
 
 def rows_of(args, make_peer):
@@ -155,8 +166,8 @@ def our_training(args, B, device, dtype, compiled):
     The call gives the seconds that the optimizer and the EMA have taken of it.
     """
     T = args.train_frames
-    model, s = make_model(args, T)
-    model.train().to(device)
+    model, s = make_model(args, T, device)
+    model.train()
     ema = AveragedModel(model)
     if compiled:
         common.compile_blocks(model, device)
@@ -187,20 +198,54 @@ def our_training(args, B, device, dtype, compiled):
     return model, step
 
 
+def write_random_data(folder, frames, tracks=50):
+    """A data set of random tokens of `tiny`."""
+    codec, splits = load_codec("tiny").describe(), {}
+    tokens = np.random.default_rng(0).integers(codec["card"], size=(tracks * frames, codec["K"])).astype(np.uint16)
+    for split in ("train", "valid"):
+        lines = [dict(name=f"{split}{i}", path="", caption=CONDITIONS["text"], metadata={}, first=i * frames,
+                      frames=frames) for i in range(tracks)]  # fmt: skip
+        prepare.write_split(folder, split, lines, tokens, np.zeros(len(tokens), np.uint8))
+        splits[split] = dict(tracks=tracks, frames=len(tokens))
+    np.save(folder / "counts.npy", [prepare.count_codes(tokens, lines, codec["card"])] * 2)
+    (folder / "tokenizer.model").write_bytes(prepare.train_tokenizer(lines, 1000))
+    common.write_json(folder / "meta.json", dict(format=data.DATA_FORMAT, codec=codec, **splits))
+
+
 def drawing(args, B):
     """Seconds to draw a batch from the memory map, which a worker does ahead where there is a GPU."""
-    frames, clips = 30 * FRAME_RATE, 50
     with tempfile.TemporaryDirectory() as folder:
-        tokens = np.random.default_rng(0).integers(args.card, size=(clips * frames, K)).astype(np.uint16)
-        tracks = [dict(name=f"{i}", caption=CONDITIONS["text"], metadata={}, first=i * frames, frames=frames)
-                  for i in range(clips)]  # fmt: skip
-        prepare.write_split(Path(folder), "train", tracks, tokens, np.zeros(len(tokens), np.uint8))
-        codec = dict(K=K, card=args.card, frame_rate=FRAME_RATE, name="random", id="random")
-        about = dict(format=data.DATA_FORMAT, codec=codec, train=dict(frames=len(tokens)), valid=dict(frames=1))
-        common.write_json(Path(folder, "meta.json"), about)
-        s, prepare_text = Settings(batch_size=B), make_model(args, args.train_frames)[0].conditioner.prepare
-        steps = data.TrainingSteps(data.Tokens(folder, "train"), prepare_text, args.train_frames, s)
+        write_random_data(Path(folder), 30 * FRAME_RATE)
+        prepare_text = make_model(args, args.train_frames, "meta")[0].conditioner.prepare
+        tokens = data.Tokens(folder, "train")
+        steps = data.TrainingSteps(tokens, prepare_text, args.train_frames, Settings(batch_size=B))
         return in_turn({"": lambda: steps[0]}, torch.device("cpu"), 10)[""][1]
+
+
+def bench_run(args, device):
+    """train.py itself on every GPU that there is: DDP and FSDP where there are several."""
+    ranks = torch.cuda.device_count() if device.type == "cuda" else 1
+    B, steps = args.train_batch[0], 20 * args.repeats
+    print(f"\nrun of train.py {args.size}: {ranks} x {B} items of {args.train_frames} frames, compiled")
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_data(Path(folder), args.train_frames)
+        for parallel in ("ddp", "fsdp")[: 1 + (ranks > 1)]:
+            out = Path(folder, parallel)
+            words = [f"--data={folder}", f"--out={out}", "--codec=tiny", f"--segment={args.train_frames / FRAME_RATE}",
+                     f"--batch_size={ranks * B}", f"--micro_batch={B}", f"--parallel={parallel}", f"--steps={steps}",
+                     f"--epoch={steps}", f"--log_every={steps // 2}", "--compile=always", "--samples=0",
+                     "--evaluate_clips=0", f"--dtype={args.dtype}", f"--device={device.type}", "--valid_items=8",
+                     *(f"--{key}={value}" for key, value in SIZES[args.size].items())]  # fmt: skip
+            launcher = ["torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *(["-m"] * bool(launcher)), *launcher, "train.py", *words], check=True,
+                           cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)  # fmt: skip
+            seconds = time.perf_counter() - start
+            line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+            on_gpu = f"MFU {line['mfu']:.1%}, {line['memory']:.1f} GiB, " if "mfu" in line else ""
+            name = parallel if ranks > 1 else "alone"
+            print(f"  {name:22}{line['tokens_per_s']:12,} tokens/s  {on_gpu}waits for data {line['data_wait']:.1%};"
+                  f" the whole run {seconds:.0f} s")  # fmt: skip
 
 
 def bench_training(args, B, device, dtype, product):
@@ -226,7 +271,7 @@ def bench_training(args, B, device, dtype, product):
 def bench_generation(args, B, device, dtype, copy):
     L, T, rows = condition_length(args), args.generate_frames, {}
     for compiled in (False, True)[: 1 + args.compile]:
-        model = make_model(args, T)[0].eval().requires_grad_(False).to(device)
+        model = make_model(args, T, device)[0].eval().requires_grad_(False)
         optimize(model, dtype, compiled)
         rows["ours", compiled] = functools.partial(generate, model, [CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K)
 
@@ -297,7 +342,7 @@ def numbers(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default="train,generate,start", help="of train, generate, prepare, start and learn")
+    parser.add_argument("--work", default="train,generate,start", help=f"of {', '.join(WORK)} (default: %(default)s)")
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--card", type=int, help="codebook size (default: 1024 for tiny, else 2048)")
     parser.add_argument(
@@ -315,10 +360,16 @@ def main():
     parser.add_argument("--clips", type=int, default=1500, help="of the demo, to prepare (default 1500)")
     parser.add_argument("--seconds", type=float, default=300, help="to learn for, of each (default 300)")
     parser.add_argument("--repeats", type=int, default=5, help="of each, in turn (default 5)")
+    parser.add_argument("--gpu", action="store_true", help=f"instead of all that: {'; '.join(ON_GPU)}")
     args = parser.parse_args()
+    if args.gpu:
+        for words in ON_GPU:
+            command = [sys.executable, "-m", "tools.bench", *words.split(), f"--repeats={args.repeats}"]
+            subprocess.run(command, cwd=Path(__file__).parent.parent)
+        return
     args.card = args.card or (1024 if args.size == "tiny" else 2048)
-    if unknown := set(args.work.split(",")) - {"train", "generate", "prepare", "start", "learn"}:
-        raise UserError(f"--work: there is no '{unknown.pop()}'; choose of train, generate, prepare, start and learn")
+    if unknown := set(args.work.split(",")) - {*WORK}:
+        raise UserError(f"--work: there is no '{unknown.pop()}'; choose of {', '.join(WORK)}")
     if unknown := set(filter(None, args.peers.split(","))) - set(peers.NAMES):
         raise UserError(f"--peers: there is no '{unknown.pop()}'; choose of {' and '.join(peers.NAMES)}")
     device, dtype = common.pick_device(args.device, args.dtype)
@@ -332,6 +383,8 @@ def main():
     if "train" in args.work:
         for B in args.train_batch:
             bench_training(args, B, device, dtype, product)
+    if "run" in args.work:
+        bench_run(args, device)
     if "generate" in args.work:
         for B in args.generate_batch:
             bench_generation(args, B, device, dtype, copy)
