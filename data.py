@@ -178,10 +178,10 @@ class Tokens:
                 conditions[-1]["style"] = (found[:, first:end], codebooks)
         return codes, valid, scored, conditions
 
-    def draw(self, step, T, s):
-        """The items of a step's global batch: (track, first frame, conditions). Tracks come in proportion to length."""
+    def draw(self, step, size, T, s):
+        """`size` items: (track, first frame, conditions). Tracks are drawn in proportion to their length."""
         rng, items = np.random.default_rng([s.seed, step]), []
-        for row, frame in enumerate(rng.integers(self.ends[-1], size=s.batch_size)):
+        for row, frame in enumerate(rng.integers(self.ends[-1], size=size)):
             track = self.tracks[np.searchsorted(self.ends, frame, side="right")]
             draw = np.random.default_rng([s.seed, step, row + 1])  # row 0 would repeat the batch's own numbers
             start = int(draw.integers(max(0, track["frames"] - T) + 1))
@@ -208,28 +208,30 @@ class Tokens:
 class TrainingSteps(torch.utils.data.Dataset):
     """steps[n] is one rank's share of the n-th global batch, a pure function of (seed, n).
 
-    prepare: the model's `conditioner.prepare`. T: frames of an item.
+    prepare: the model's `conditioner.prepare`. T: frames of an item, half as many in the steps that are short.
     """
 
     def __init__(self, tokens, prepare, T, s, rank=0, world_size=1):
         self.tokens, self.prepare, self.T, self.s = tokens, prepare, T, s
-        share = s.batch_size // world_size
-        self.mine = range(rank * share, (rank + 1) * share)
+        self.rank, self.share = rank, s.batch_size // world_size
 
     def __len__(self):
         return self.s.steps
 
     def __getitem__(self, step):
-        items = self.tokens.draw(0 if self.s.one_batch else step, self.T, self.s)
-        scored_items = torch.zeros(self.T, dtype=torch.int64)
+        is_short = self.s.short_every > 0 and (step + 1) % self.s.short_every == 0
+        T, times = (self.T // 2, 2) if is_short else (self.T, 1)
+        share, size = times * self.share, times * (self.s.micro_batch or self.share)
+        items = self.tokens.draw(0 if self.s.one_batch else step, times * self.s.batch_size, T, self.s)
+        scored_items = torch.zeros(T, dtype=torch.int64)
         for track, start, given in items:
             scored_items[: track["frames"] - start] += 1
             if given["style"]:
                 first, end, _ = given["style"]
                 scored_items[first:end] -= 1
-        micro_batches, size = [], self.s.micro_batch or len(self.mine)
-        for first in range(self.mine.start, self.mine.stop, size):
-            *tensors, conditions = self.tokens.collate(items[first : first + size], self.T)
+        micro_batches = []
+        for first in range(self.rank * share, (self.rank + 1) * share, size):
+            *tensors, conditions = self.tokens.collate(items[first : first + size], T)
             micro_batches.append(Batch(*tensors, self.prepare(conditions)))
         return Step(micro_batches, scored_items)
 

@@ -215,14 +215,14 @@ class MusicLM(nn.Module):
         hidden = self.hidden(pattern.build(codes, self.special), *self.conditioner(inputs))
         return pattern.align_logits(self.logits(hidden).transpose(1, 2))
 
-    def flops(self):
-        """Floating-point operations, forward and backward, of training on one item of the trained length.
+    def flops(self, T=None):
+        """Floating-point operations, forward and backward, of training on one item of T frames, or the trained length.
 
         Six for each weight of the blocks and heads at each step, or four for a frozen one, and 12 D S^2 of
         self-attention a block, its masked half counted in, as is the custom (arXiv:2204.02311, appendix B). The text's
         own are left out.
         """
-        S = self.pattern(self.trained_frames, training=True).S - 1 + self.conditioner.rows
+        S = self.pattern(T or self.trained_frames, training=True).S - 1 + self.conditioner.rows
         parts = [self.heads, *self.blocks]
         weights = [p for part in parts for name, p in part.named_parameters() if "cross_kv" not in name]
         per_step = sum((6 if p.requires_grad else 4) * p.numel() for p in weights)

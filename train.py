@@ -118,10 +118,10 @@ def request_stop(signals, number, frame):
 class Since:
     """What the next line of the log counts from."""
 
-    step: int
     start: float = dataclasses.field(default_factory=lambda: time.monotonic())
     waited: float = 0.0  # seconds, for the data
     frames: int = 0
+    flops: float = 0.0
 
 
 def main():
@@ -156,7 +156,7 @@ def main():
     torch.manual_seed(s.seed)  # here, as making the data and the codec draws numbers too
     model = MusicLM(s, codec.describe(), tokenizer)
     T = model.trained_frames
-    if not model.pattern(T, training=True).frame_mask.any(1).all():
+    if not model.pattern(T // 2 if s.short_every else T, training=True).frame_mask.any(1).all():
         raise UserError(f"a segment of {T} frames leaves a codebook without a target; lengthen it")
     if s.style:
         model.conditioner.prepended["style"].set_codec(codec)
@@ -207,9 +207,9 @@ def main():
     prepare, micro_batch = model.conditioner.prepare, s.micro_batch or s.batch_size // world_size
     batches = data.loader(data.TrainingSteps(train_data, prepare, T, s, rank, world_size), step, device)
     described = dict(settings=vars(s), codec=codec.describe(), tokenizer=tokenizer)  # in every checkpoint
-    flops, peak = model.flops() * s.batch_size, world_size * (common.peak_flops(device, dtype) or math.inf)
+    flops, peak = functools.cache(model.flops), world_size * (common.peak_flops(device, dtype) or math.inf)
     bar = tqdm(total=s.steps, initial=step, desc="training", file=sys.stdout, mininterval=1, smoothing=0.05)
-    resumed_at, stopping, skipped_in_a_row, since = step, False, 0, Since(step)
+    resumed_at, stopping, skipped_in_a_row, since = step, False, 0, Since()
 
     while True:
         # 1. Checkpoint, valid, best, evaluate, generate: at the top, as a resumed run does again what a kill cut off
@@ -243,7 +243,7 @@ def main():
             stopping = any(common.gather(bool(signals)))
         if stopping or step >= s.steps:
             break
-        since = Since(step) if ends_epoch else since
+        since = Since() if ends_epoch else since
 
         # 2. Forward and backward, micro-batch by micro-batch, divided by the global count of targets
         if world_size > 1:
@@ -291,6 +291,7 @@ def main():
         # 5. A line of the log
         bar.update()
         since.frames += int(scored_items.sum())
+        since.flops += world_size * sum(len(batch.codes) for batch in micro_batches) * flops(len(scored_items))
         if recent and (step % s.log_every == 0 or step == s.steps):
             seconds, losses = time.monotonic() - since.start, by_codebook("ce", np.mean(recent, axis=0))
             line = dict(step=step, epoch=math.ceil(step / s.epoch), **with_perplexity(losses),
@@ -300,10 +301,10 @@ def main():
             if device.type == "cuda":
                 line["memory"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)  # GiB, the most so far
             if peak < math.inf:
-                line["mfu"] = round((step - since.step) * flops / seconds / peak, 4)
+                line["mfu"] = round(since.flops / seconds / peak, 4)
             log.write("metrics", line)
             bar.set_postfix_str(f"ce {line['ce']:.3f}, grad {grad_norm:.2f}, {line['tokens_per_s']:,} tokens/s")
-            recent, since = [], Since(step)
+            recent, since = [], Since()
 
     bar.close()
     common.leave()

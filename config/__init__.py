@@ -41,6 +41,7 @@ class Settings:
     codec_weights: str = ""  # file with the codec's weights; empty: shipped or downloaded
     segment: float = 8.0  # seconds of music in a training item; shorter tracks are padded
     batch_size: int = 8  # items in one optimizer step, over all processes
+    short_every: int = 0  # each n-th step takes twice the items of half the length: more beginnings; 0: none does
     one_batch: bool = False  # train on the first batch again and again, whose loss must go to zero
     micro_batch: int = 0  # items that one device holds at once, gradients accumulate over them; 0: its whole share
     # Model
@@ -114,8 +115,8 @@ CHOICES = {
     "logger": ("", "tensorboard", "wandb"),
 }
 NOT_NEGATIVE = (
-    "seed demo_clips micro_batch min_lr warmup weight_decay clip valid_items keep_every generate_every samples"
-    " evaluate_every clip_seconds evaluate_clips temperature top_k lora_rank"
+    "seed demo_clips short_every micro_batch min_lr warmup weight_decay clip valid_items keep_every generate_every"
+    " samples evaluate_every clip_seconds evaluate_clips temperature top_k lora_rank"
 )
 POSITIVE = (
     "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens style_dim style_heads"

@@ -1,8 +1,9 @@
 """Text to music in a quarter of an hour on a laptop, with nothing to download but the packages.
 
 The corpus is synthesised and its captions with it, the codec ships with the repository. Where this departs from
-MusicGen (config/demo_reference.py) it is to obey captions sooner: short items have more beginnings, where the caption
-alone can say what comes; the first codebooks carry what one hears; rotary positions carry rhythm (docs/numbers.md).
+MusicGen (config/demo_reference.py) it is to obey captions sooner: short items, and shorter ones in turn, have more
+beginnings, where the caption alone can say what comes; the first codebooks carry what one hears; rotary positions carry
+rhythm (docs/numbers.md).
 """
 
 out = "out/demo"
@@ -10,6 +11,7 @@ data = "data/demo"
 demo_clips = 3000
 segment = 4.0
 batch_size = 2
+short_every = 2
 
 dim = 192
 heads = 4

@@ -6,6 +6,7 @@ out = "out/demo_reference"
 positions = "sinusoidal"
 codebook_weights = ()
 segment = 8.0
+short_every = 0
 steps = 3500
 epoch = 875
 valid_items = 96

@@ -17,7 +17,8 @@ def settings(**overrides):
 
 def drawn(tokens, step, T, **overrides):
     """A step's whole batch: (codes, valid, scored, conditions), and the tracks that it is from."""
-    items = tokens.draw(step, T, settings(**overrides))
+    s = settings(**overrides)
+    items = tokens.draw(step, s.batch_size, T, s)
     return *tokens.collate(items, T), [track for track, _, _ in items]
 
 
@@ -41,6 +42,18 @@ def test_ranks_and_micro_batches_share_out_the_same_batch(dataset, world_size, m
         assert torch.equal(torch.cat([batch[number] for batch in parts]), whole)
     assert [sample["text"] for batch in parts for sample in batch.inputs] == [sample["text"] for sample in conditions]
     assert all(torch.equal(share.scored_items, scored.sum(0)) for share in shares)
+
+
+@pytest.mark.parametrize("world_size, micro_batch", [(1, 0), (2, 1)])
+def test_each_nth_step_has_twice_the_items_of_half_the_length(dataset, world_size, micro_batch):
+    tokens, s = Tokens(dataset, "train"), settings(micro_batch=micro_batch, short_every=3)
+    shares = [TrainingSteps(tokens, list, 101, s, rank, world_size) for rank in range(world_size)]
+    for step in range(6):
+        times, T = (2, 50) if step in (2, 5) else (1, 101)
+        codes = drawn(tokens, step, T, batch_size=times * s.batch_size)[0]
+        parts = [batch.codes for share in shares for batch in share[step].micro_batches]
+        assert torch.equal(torch.cat(parts), codes) and codes.shape[2] == T
+        assert len(shares[0][step].scored_items) == T and len(parts[0]) == times * (micro_batch or 6 // world_size)
 
 
 def test_the_loader_gives_the_steps_from_the_first_on(dataset):

@@ -216,7 +216,7 @@ def test_several_captions_are_drawn_one_for_each_item(tmp_path):
     for split in ("train", "valid"):
         tokens = Tokens(tmp_path / "out", split)
         for step in range(30):
-            draws = [tokens.draw(step, 50, settings) for _ in range(2)]
+            draws = [tokens.draw(step, settings.batch_size, 50, settings) for _ in range(2)]
             first, again = ([given["text"] for _, _, given in items] for items in draws)
             assert first == again, "a pure function of the step"
             texts.update(first)
