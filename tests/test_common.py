@@ -124,6 +124,31 @@ def test_float16_skips_the_same_steps_on_every_rank(uneven, tmp_path):
     assert one[-1]["ce"] == pytest.approx(ddp[-1]["ce"], abs=0.02)
 
 
+def compile_to_the_same():
+    """torch.compile without the half a minute that making code takes: each graph is told of, and run as it is."""
+
+    def backend(graph, inputs):
+        print("graph", flush=True)
+        return graph
+
+    torch.compile = functools.partial(torch.compile, backend=backend)
+
+
+def test_compiled_blocks_of_several_ranks_take_captions_of_any_length(dataset, tmp_path):
+    args = [*TOY, f"--data={dataset}", "--steps=12", "--epoch=12", "--samples=0", "--word_dropout=0.5", "--layers=3",
+            "--cfg_dropout=0.5", "--freeze=embed*,conditioner*,blocks.0.*"]  # fmt: skip
+    Ranks(*args, f"--out={tmp_path / 'eager'}").finish()
+    for parallel in ("ddp", "fsdp"):
+        more = [f"--out={tmp_path / parallel}", f"--parallel={parallel}", "--compile=always"]
+        printed = Ranks(*args, *more, before=compile_to_the_same).finish()
+        eager, compiled = (
+            [line["ce"] for line in lines(tmp_path / way / "metrics.jsonl")] for way in ("eager", parallel)
+        )
+        assert compiled == pytest.approx(eager, abs=1e-4)
+        graphs = printed.count("graph")
+        assert graphs <= 12, f"{graphs}: four kinds of blocks, by what has a gradient, and lengths: one, any, 1"
+
+
 def test_fsdp_continues_after_an_epoch_without_improvement(dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", "--steps=6", "--epoch=1", "--samples=0", "--lr=0.5", "--warmup=0"]
     found = []
