@@ -171,13 +171,21 @@ def adherence(attributes, known, x, asked, clips):
 # ----------------------------------------------------------------------------------------------------------- clips
 
 
-def generate_many(model, conditions, T, cfg, s, name, prompts=None, batch_size=32):
+def clips_at_once(model):
+    """How many clips may be generated together: their KV caches take 2 GiB, or a quarter of a GPU's memory."""
+    device, groups = model.heads.weight.device, 3 if "style" in model.conditioner.prepended else 2
+    D, steps = model.embed.embedding_dim, model.conditioner.rows + model.pattern(model.trained_frames).S
+    room = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 2**31
+    return max(1, room // (groups * 2 * len(model.blocks) * steps * D * 4))
+
+
+def generate_many(model, conditions, T, cfg, s, name, prompts=None):
     """Codes int64 [N, K, T] for N conditions and seeds 0 to N - 1, on the CPU of every rank. All ranks must call it.
 
     Rank r makes clips r, r + world size, ...; a clip is the same whoever makes it. prompts: codes [N, K, T'] to go on
     from.
     """
-    mine = range(common.rank(), len(conditions), common.world_size())
+    mine, batch_size = range(common.rank(), len(conditions), common.world_size()), clips_at_once(model)
     parts = [torch.zeros(0, model.K, T, dtype=torch.int64)]
     with tqdm(total=-(-len(mine) // batch_size) * T, desc=f"generating, {name}", unit="frame", file=sys.stdout,
               mininterval=1, leave=False) as bar:  # fmt: skip
@@ -369,8 +377,10 @@ def print_means(results):
         print(f"{name:18}{cell([result[name] for result in results])}")
     columns = {name: [result["adherence"][name] for result in results] for name in results[0]["adherence"]}
     print(f"{'':18}" + "".join(f"{title:>15}" for title in columns))
-    for name in next(iter(columns.values()), [{}])[0]:
-        print(f"{name:18}" + "".join(cell([row[name] for row in rows]) for rows in columns.values()))
+    rows = next(iter(columns.values()), [{}])
+    for name in rows[0]:
+        if all(name in row for row in rows):  # runs may differ in their guidance
+            print(f"{name:18}" + "".join(cell([row[name] for row in found]) for found in columns.values()))
 
 
 def measure(run, clips, cfg, device):

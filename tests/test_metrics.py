@@ -11,6 +11,7 @@ import torch
 from conftest import TOY, lines
 
 import common
+import config
 import data
 import metrics
 import train
@@ -18,6 +19,8 @@ from codec import load_codec
 from conditioning import chromagram
 from demo import corpus as demo_corpus
 from generate import generate, load_model
+from model import MusicLM
+from prepare import train_tokenizer
 
 SHARES = ["chance", "real", "cfg 3", "cfg 1", "nothing"]
 
@@ -253,6 +256,10 @@ def pretended_models(monkeypatch):
         return generate(model, conditions, frames, prompt, progress, seeds=seeds, **options)
 
     monkeypatch.setattr(metrics, "generate", call)
+    at_once = metrics.clips_at_once
+    monkeypatch.setattr(
+        metrics, "clips_at_once", lambda model: 32 if type(model) in (Replay, Noise) else at_once(model)
+    )
 
 
 def noise(conditions, seeds, frames):
@@ -329,15 +336,24 @@ def test_shares_of_several_ranks_are_the_whole(ranks, dataset, evaluate, monkeyp
     assert results[0] == whole
 
 
-def test_many_clips_are_those_generated_one_by_one(toy_run):
+def test_many_clips_are_those_generated_one_by_one(toy_run, monkeypatch):
     model, s, _ = load_model(toy_run[0] / "best.pt")
     s.temperature = 0.0  # after six steps codes are so nearly equal that rounding would decide between them
     conditions = [{"text": text} for text in ("slow piano", "fast organ", "bells")]
     prompts = torch.randint(512, (3, 4, 10), generator=torch.Generator().manual_seed(0))
-    many = metrics.generate_many(model, conditions, 50, 3.0, s, "clips", prompts, batch_size=2)
+    monkeypatch.setattr(metrics, "clips_at_once", lambda model: 2)
+    many = metrics.generate_many(model, conditions, 50, 3.0, s, "clips", prompts)
     for i in range(3):
         alone = generate(model, conditions[i : i + 1], 50, prompt=prompts[i : i + 1], cfg=3.0, temperature=0)
         assert torch.equal(many[i : i + 1], alone) and torch.equal(many[i, :, :10], prompts[i])
+
+
+def test_the_caches_of_clips_generated_together_stay_within_their_room():
+    with torch.device("meta"):
+        codec, tokenizer = dict(K=4, card=2048, frame_rate=50, dim=8), train_tokenizer([], 300)
+        small = MusicLM(config.load(["config/small.py"], ""), codec, tokenizer)
+    steps, with_null = 1500 + 4, 2
+    assert metrics.clips_at_once(small) == 2**31 // (with_null * 2 * 24 * steps * 1024 * 4) == 3
 
 
 def test_the_command_line(toy_run, tmp_path, command):
@@ -356,9 +372,12 @@ def test_the_command_line(toy_run, tmp_path, command):
 def test_means_and_standard_errors_over_runs(capsys):
     results = [dict(fad=fad, chroma=0.5, chroma_chance=0.4, adherence={"drums": {"real": 1.0, "cfg 3": share}})
                for fad, share in ((10.0, 0.7), (12.0, 0.8), (14.0, 0.9))]  # fmt: skip
+    results[0]["adherence"]["drums"]["cfg 4"] = 0.5  # which the others have not
     metrics.print_means(results)
     printed = capsys.readouterr().out
-    assert "fad                  12.00 ± 1.15" in printed and "0.80 ± 0.06" in printed  # 2 / sqrt(3), 0.1 / sqrt(3)
+    assert (
+        "cfg 4" not in printed and "fad                  12.00 ± 1.15" in printed and "0.80 ± 0.06" in printed
+    )  # 2 / sqrt(3), 0.1 / sqrt(3)
 
 
 def test_clips_may_be_longer_than_what_was_trained_on(dataset, tmp_path, command):
