@@ -18,6 +18,7 @@ Letters: B batch, K codebooks, T frames.
 import contextlib
 import hashlib
 import importlib.machinery
+import io
 import math
 import os
 import re
@@ -269,6 +270,8 @@ def load_audio(path, sample_rate, channels=1):
         wav, rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise UserError(f"{path}: cannot be read as audio ({str(error).split(': ')[-1].strip()})") from None
+    if not len(wav) and (repaired := with_length(Path(path).read_bytes())):
+        wav, rate = soundfile.read(io.BytesIO(repaired), dtype="float32", always_2d=True)
     if not len(wav):
         raise UserError(f"{path}: holds no samples")
     if not np.isfinite(wav).all():
@@ -288,6 +291,15 @@ def load_audio(path, sample_rate, channels=1):
     if not np.isfinite(wav).all():
         raise UserError(f"{path}: holds samples too large to be music")
     return torch.from_numpy(np.ascontiguousarray(wav, dtype=np.float32))
+
+
+def with_length(content):
+    """A WAV whose header tells of 0 bytes, as a pipe or a recording that broke off leaves it, with what it holds."""
+    data = content.find(b"data", 12)
+    if content[:4] != b"RIFF" or data < 0 or content[data + 4 : data + 8] != bytes(4):
+        return b""
+    lengths = [(len(content) - 8).to_bytes(4, "little"), (len(content) - data - 8).to_bytes(4, "little")]
+    return content[:4] + lengths[0] + content[8 : data + 4] + lengths[1] + content[data + 8 :]
 
 
 def mp3_seconds(path):

@@ -105,6 +105,7 @@ class TextEmbedder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, D)
         self.null = nn.Parameter(torch.zeros(D))
+        self.words = frozenset()  # of the captions it was trained with, where they are known
 
     def prepare(self, texts):
         """B strings or None -> ids int64 [B, L] and mask bool [B, L], True where a token counts.
@@ -112,7 +113,7 @@ class TextEmbedder(nn.Module):
         None and the empty string have no token that counts, which makes them null. Longer texts are cut off.
         """
         tokens = [self.tokenizer.encode(text or "")[: self.max_tokens] for text in texts]
-        L = max([1, *map(len, tokens)])
+        L = max([2, *map(len, tokens)])  # torch.compile would make code of its own for 1
         ids = torch.zeros(len(tokens), L, dtype=torch.int64)
         mask = torch.zeros(len(tokens), L, dtype=torch.bool)
         for row, sample in enumerate(tokens):

@@ -13,8 +13,11 @@ data/NAME/, as prepare.py writes it:
 Letters: B batch, K codebooks, T frames.
 """
 
+import itertools
 import json
+import re
 import signal
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,6 +106,11 @@ def captions_of(track):
     return track.get("captions", [track["caption"]])
 
 
+def words_of(texts):
+    """The words of some texts, without case, as the tokenizer hears them."""
+    return set(re.findall(r"\w+", unicodedata.normalize("NFKC", " ".join(texts)).casefold()))
+
+
 def read_array(path, **how):
     try:
         return np.load(path, **how)
@@ -137,6 +145,17 @@ class Tokens:
         if sum(track["frames"] for track in self.tracks) != self.meta[split]["frames"]:
             raise UserError(f"{folder}: the {split} shards do not agree with meta.json; prepare the data again")
         self.ends = np.cumsum([track["frames"] for track in self.tracks])
+
+    def words(self):
+        """All words of the captions and of what else is known of the tracks."""
+        about = (f"{key} {value}" for track in self.tracks for key, value in track["metadata"].items())
+        captions = itertools.chain.from_iterable(map(captions_of, self.tracks))
+        return words_of(itertools.chain(about, captions))
+
+    def padding(self, T):
+        """The share of padding in items of T frames, which tracks shorter than that need."""
+        frames = np.array([track["frames"] for track in self.tracks])
+        return float((frames * np.maximum(0, 1 - frames / T)).sum() / frames.sum())
 
     def codes(self, track, start=0, frames=None):
         """Codes uint16 [frames, K] of one track; raises UserError for a token that the codec does not have."""

@@ -26,6 +26,7 @@ def load_model(path, device="cpu"):
     settings = Settings(**{key: value for key, value in saved["settings"].items() if key in FIELDS})
     model = MusicLM(settings, saved["codec"], saved["tokenizer"])
     model.load_state_dict(saved["ema"])
+    model.conditioner.text.words = frozenset(saved.get("words", ()))
     return model.eval().requires_grad_(False).to(device), settings, saved["codec"]
 
 

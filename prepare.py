@@ -397,10 +397,20 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         (out / name).unlink()
     for split, count in counts.items():
         print(f"{split}: {count['tracks']} tracks, {count['frames'] / codec.frame_rate / 60:.1f} minutes")
+    print_padding(Tokens(out, "train"))
     print_captions(kept, tokenizer)
     if skipped:
         print(f"skipped: {len(skipped)} tracks, listed in {out / 'skipped.jsonl'}; the first: {skipped[0]['reason']}")
     print(f"wrote {out}")
+
+
+def print_padding(tokens):
+    """How much of training items would be padding, as tracks are shorter, if they were as long as usual."""
+    segment, frames = FIELDS["segment"].default, [track["frames"] for track in tokens.tracks]
+    if (padding := tokens.padding(segment * tokens.frame_rate)) > 0.01:
+        median = np.median(frames) / tokens.frame_rate
+        print(f"tracks are short, half of them below {median:.1f} s: {padding:.0%} of items of {segment:g} s would be"
+              f" padding; train with a lower --segment")  # fmt: skip
 
 
 def print_captions(tracks, tokenizer):
@@ -447,6 +457,7 @@ def check(folder, codec_weights=""):
         tokens = Tokens(folder, split)
         seconds = np.array([track["frames"] for track in tokens.tracks]) / rate
         uncaptioned = sum(not track["caption"] for track in tokens.tracks)
+        print_padding(tokens)
         print_captions(tokens.tracks, read_tokenizer(folder))
         silent = total = 0
         for track in tokens.tracks:

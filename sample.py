@@ -44,6 +44,7 @@ from codec import (
 )
 from common import UserError
 from conditioning import CHROMA_RATE, INFERENCE_CODEBOOKS, SILENCE, melody_of
+from data import words_of
 from generate import generate, load_model, optimize, stream
 
 OPTIONS = ("cfg", "cfg_beta", "temperature", "top_k", "top_p")  # that a run's settings have defaults for
@@ -213,13 +214,15 @@ def style_condition(args, model, s, codec):
 
 
 def say_what_is_heard(captions, embedder, others):
-    """Says of each caption that the model does not hear, or not to its end, that it is so."""
+    """Says which captions the model does not hear, or not to their end, and which words it never met in training."""
     for caption in dict.fromkeys(captions):
         tokens = len(embedder.tokenizer.encode(caption))
         if not tokens:
             print(f"no caption: {'by ' + ' and '.join(others) + ' alone' if others else 'unconditional music'}")
         elif tokens > embedder.max_tokens:
             print(f"'{caption[:40]}...': of its {tokens} tokens the model hears the first {embedder.max_tokens}")
+    if embedder.words and (unseen := sorted(words_of(captions) - embedder.words)):
+        print(f"in no caption that the model was trained with: {', '.join(unseen)}")
 
 
 # -------------------------------------------------------------------------------------------------------- writing
@@ -282,6 +285,8 @@ def main():
     device, dtype = common.pick_device(args.device, args.dtype)
     model, s, description = load_model(args.checkpoint, device)
     optimize(model, dtype, args.compile)
+    if device.type == "cpu" and s.dim <= 256:  # whose steps gain nothing from a second thread, and on a busy machine
+        torch.set_num_threads(1)  # would wait for it at each of some hundred operations
     codec = load_codec(description["name"], s.codec_weights if args.codec_weights is None else args.codec_weights)
     if codec.id != description["id"]:
         raise UserError(f"{args.checkpoint} was trained on codec {description['id']}, and the one found is {codec.id}")

@@ -154,7 +154,10 @@ def main():
             print(f"captions are tokenized as {last if saved else s.init_from} has it, not by {s.data}'s own tokenizer")
         tokenizer = start_from["tokenizer"]
     torch.manual_seed(s.seed)  # here, as making the data and the codec draws numbers too
-    model = MusicLM(s, codec.describe(), tokenizer)
+    with torch.device("meta" if saved else "cpu"):  # weights that are restored below need not be drawn: half a minute
+        model = MusicLM(s, codec.describe(), tokenizer)
+    if saved:
+        model.to_empty(device="cpu")
     T = model.trained_frames
     if not model.pattern(T // 2 if s.short_every else T, training=True).frame_mask.any(1).all():
         raise UserError(f"a segment of {T} frames leaves a codebook without a target; lengthen it")
@@ -201,12 +204,15 @@ def main():
     print(f"{parameters:.1f}M parameters on {world_size} x {device.type} in {s.dtype}")
     minutes = train_data.meta["train"]["frames"] / codec.frame_rate / 60
     print(f"{s.data}: {len(train_data.tracks)} tracks, {minutes:.0f} minutes, {len(valid_data.tracks)} tracks held out")
+    if (padding := train_data.padding(T)) > 0.01:
+        print(f"{padding:.0%} of its items is padding, as tracks are shorter than {s.segment:g} s; lower --segment")
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, functools.partial(request_stop, signals))
     prepare, micro_batch = model.conditioner.prepare, s.micro_batch or s.batch_size // world_size
     batches = data.loader(data.TrainingSteps(train_data, prepare, T, s, rank, world_size), step, device)
-    described = dict(settings=vars(s), codec=codec.describe(), tokenizer=tokenizer)  # in every checkpoint
+    words = sorted({*train_data.words(), *(start_from or {}).get("words", ())})
+    described = dict(settings=vars(s), codec=codec.describe(), tokenizer=tokenizer, words=words)  # in every checkpoint
     flops, peak = functools.cache(model.flops), world_size * (common.peak_flops(device, dtype) or math.inf)
     bar = tqdm(total=s.steps, initial=step, desc="training", file=sys.stdout, mininterval=1, smoothing=0.05)
     resumed_at, stopping, skipped_in_a_row, since = step, False, 0, Since()

@@ -168,6 +168,19 @@ def test_a_write_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_wav_that_broke_off_is_as_long_as_its_samples(tmp_path):
+    path, rng = tmp_path / "broken.wav", np.random.default_rng(0)
+    soundfile.write(path, rng.uniform(-0.5, 0.5, (16_000, 2)), 16_000)
+    whole, content = load_audio(path, 16_000, 2), bytearray(path.read_bytes())
+    data = content.index(b"data")
+    content[4:8] = content[data + 4 : data + 8] = bytes(4)
+    path.write_bytes(content)
+    assert torch.equal(load_audio(path, 16_000, 2), whole)
+    path.write_bytes(content[: data + 8])
+    with pytest.raises(UserError, match="holds no samples"):
+        load_audio(path, 16_000)
+
+
 @pytest.mark.parametrize("rate", [48_000, 44_100, 32_000, 22_050, 16_000, 8_000])
 def test_an_mp3_is_as_long_as_its_frames(rate, tmp_path):
     """libsndfile believes the header: of two files joined it reads the first, and of one without header a part."""

@@ -84,6 +84,39 @@ def test_a_published_model_gives_the_logits_of_the_reference(folder, published, 
         torch.testing.assert_close(logits(*nothing), theirs["logits_unconditional"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name, trainer", [
+    ("checkpoint.th", lambda state: {"best_state": {"model": state}, "model": {}, "optimizer": {"state": {}}, "xp.cfg":
+                                     "transformer_lm:\n  num_heads: 4\n"}),
+    ("checkpoint.th", lambda state: {"model": state, "best_state": {}, "history": [{"train": {"ce": 1.0}}]}),
+    ("epoch=3.ckpt", lambda state: {"state_dict": {f"lm.{name}": tensor for name, tensor in state.items()},
+                                    "pytorch-lightning_version": "2.5", "hyper_parameters": {"lr": 1.0}}),
+])  # fmt: skip
+def test_what_other_trainers_leave_is_read(published, tmp_path, name, trainer):
+    state = published["musicgen_lm"]["audiocraft"]
+    torch.save(trainer(state | {"condition_provider.x.weight": torch.zeros(2)}), tmp_path / name)
+    where = tmp_path if name == "checkpoint.th" else tmp_path / name
+    opened = convert.open_lm(where)
+    opened[2]["heads"] = 4  # where the file tells nothing, 64 wide heads are taken for granted
+    model = make_model()
+    model.load_state_dict(read_lm(where, model, opened), strict=False)
+    assert torch.equal(model.norm.weight, state["out_norm.weight"])
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path):
+    state = {"base_model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 2)}
+    safetensors.torch.save_file(state, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="adapter_model.safetensors: a PEFT adapter; merge it"):
+        convert.open_lm(tmp_path)
+
+
+def test_it_is_said_how_much_zeros_for_the_null_change():
+    model = make_model()
+    assert convert.unconditional_difference(model) == 0, "before training the null is zero"
+    with torch.no_grad():
+        model.conditioner.text.null.fill_(0.5)
+    assert convert.unconditional_difference(model) > 1e-4 and (model.conditioner.text.null == 0.5).all()
+
+
 def test_a_fine_tune_starts_at_the_loss_of_the_weights_it_begins_with(folder, published):
     theirs, ours = published["musicgen_lm"], make_model()
     ours.load_state_dict(read_lm(folder / "hf", ours), strict=False)

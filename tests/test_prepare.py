@@ -237,6 +237,14 @@ def test_names_that_are_not_utf8_and_captions_of_any_length(tmp_path, capsys):
     assert prepare.check(tmp_path / "out") == 0
 
 
+def test_short_tracks_under_a_long_segment_are_said(tmp_path, capsys):
+    prepare.prepare(folder_of(tmp_path), tmp_path / "out", workers=1, valid_fraction=0)
+    seconds = [track["frames"] / 50 for track in Tokens(tmp_path / "out", "train").tracks]
+    share = sum(s * (1 - s / 8) for s in seconds) / sum(seconds)  # tracks come in proportion to their length
+    assert f"{share:.0%} of items of 8 s would be padding; train with a lower --segment" in capsys.readouterr().out
+    assert Tokens(tmp_path / "out", "train").padding(10) == 0
+
+
 def test_case_and_width_of_letters_change_no_token(tmp_path):
     tokenizer = prepare.train_tokenizer([dict(caption="slow piano without drums", metadata={})] * 9, 400)
     encode = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).encode

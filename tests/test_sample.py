@@ -179,6 +179,12 @@ def test_what_the_model_does_not_hear_is_said(play, tmp_path):
     play("\udcff broken bytes")
 
 
+def test_words_that_training_never_met_are_said_once(play, tmp_path):
+    output = play("a slow Piano melody", "ÉTUDE with a kazoo", "kazoo, at last", "--n", 1)
+    assert output.count("in no caption that the model was trained with: kazoo, last, étude\n") == 1
+    assert "trained with" not in play("A SLOW PIANO MELODY", "--seed", 5)
+
+
 def test_a_spectrogram_beside_each_clip_where_pillow_is(play, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(sample, "draw_spectrogram", lambda path, picture, rate: drawn.append((picture.name, rate)))

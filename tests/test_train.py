@@ -163,6 +163,13 @@ def test_speed_and_mfu_by_a_clock_that_is_known(dataset, tmp_path, command, monk
 # Learning
 
 
+def test_the_share_of_padding_is_said(dataset, tmp_path, command):
+    args = [*TOY, f"--data={dataset}", "--steps=1", "--epoch=1", "--samples=0"]
+    assert "of its items is padding" not in command(train, *args, f"--out={tmp_path / 'a'}")[1]
+    _, output = command(train, *args, f"--out={tmp_path / 'b'}", "--segment=14")
+    assert re.search(r"\n[45]\d% of its items is padding, as tracks are shorter than 14 s; lower --segment\n", output)
+
+
 def test_one_batch_is_learned_by_heart(dataset, tmp_path, command):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--one_batch=True", "--steps=120", "--epoch=120"]
     args += ["--dim=64", "--lr=0.01", "--batch_size=1", "--cfg_dropout=0", "--clip=0"]

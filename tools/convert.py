@@ -154,11 +154,16 @@ def read(path, *names):
         saved = saved if isinstance(saved, dict) else {}
         if "pretrained" in saved:
             raise UserError(f"{file}: only names the weights, {saved['pretrained']}; give those")
-        best = saved.get("best_state", saved)
-        state |= best if isinstance(best, dict) else {}
         settings = as_text(saved.get("xp.cfg", ""))
+        for key in ("fsdp_best_state", "best_state", "state_dict", "model"):  # a trainer's own, weights among much else
+            saved = saved[key] if isinstance(saved.get(key), dict) and saved[key] else saved
+        state |= saved
     if (beside := files[0].with_name("config.json")).is_file():
         settings += beside.read_text(encoding="utf-8", errors="replace")
+    if any("lora_A" in str(name) for name in state):
+        raise UserError(
+            f"{files[0]}: a PEFT adapter; merge it into its model (merge_and_unload), and give what that saves"
+        )
     if not state or not all(isinstance(k, str) and isinstance(tensor, torch.Tensor) for k, tensor in state.items()):
         raise UserError(f"{files[0]}: holds no weights; the reference's state_dict.bin or safetensors are needed")
     return state, settings
@@ -177,9 +182,10 @@ def open_lm(path):
 
     Conditioners in the file are passed over. The published models' heads are 64 wide, where no settings say otherwise.
     """
-    state, settings = read(path, "state_dict.bin", "model*.safetensors")
-    if any(name.startswith("decoder.model.decoder.") for name in state):  # beside a text encoder and a codec
-        state = below("decoder.", state)
+    state, settings = read(path, "state_dict.bin", "model*.safetensors", "checkpoint.th", "adapter_model*")
+    first = re.compile(r"(.*?)(emb\.0\.weight|model\.decoder\.embed_tokens\.0\.weight)")
+    for prefix in [match[1] for match in map(first.fullmatch, state) if match]:
+        state = below(prefix, state)  # beside a text encoder and a codec, or as a trainer's module
     not_ours = ("condition_provider.", "model.decoder.embed_positions.")
     state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(not_ours)}
     layout = "audiocraft" if "emb.0.weight" in state else "hf"
@@ -297,6 +303,19 @@ def export_lm(model, ours, settings, folder, layout):
     return path
 
 
+@torch.no_grad()
+def unconditional_difference(model):
+    """The most that a logit moves where zeros take the place of the learned null, for random codes."""
+    codes = torch.randint(model.card, (1, model.K, min(100, model.trained_frames)), generator=torch.Generator())
+    inputs, null = model.conditioner.prepare([{}]), model.conditioner.text.null
+    ours = model.aligned_logits(codes, inputs)
+    kept = null.clone()
+    null.zero_()
+    theirs = model.aligned_logits(codes, inputs)
+    null.copy_(kept)
+    return float((ours - theirs).nan_to_num().abs().max())
+
+
 # ---------------------------------------------------------------------------------------------------- codec
 
 
@@ -384,9 +403,11 @@ def main():
     if args.command == "import":
         return import_lm(args.weights, config.load(args.settings, __doc__))
     model, settings, _ = load_model(args.checkpoint)
+    differs = unconditional_difference(model)
     path = export_lm(model, merge_lora(model.state_dict(), vars(settings)), settings, args.folder, args.format)
     left_out = ", ".join(["text", *model.conditioner.prepended])
     print(f"wrote {path}; left out, as those programs have no place for them: the embedders of {left_out}")
+    print(f"without text, logits differ by up to {differs:.2g}, as those programs have zeros for the null it learned")
 
 
 if __name__ == "__main__":
