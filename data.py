@@ -108,7 +108,8 @@ def captions_of(track):
 
 def words_of(texts):
     """The words of some texts, without case, as the tokenizer hears them."""
-    return set(re.findall(r"\w+", unicodedata.normalize("NFKC", " ".join(texts)).casefold()))
+    folded = (unicodedata.normalize("NFKC", text).casefold() for text in texts)
+    return {word for text in folded for word in re.findall(r"\w+", text)}
 
 
 def read_array(path, **how):

@@ -1,13 +1,17 @@
 """The tools at toy size, their arithmetic against known cases."""
 
 import contextlib
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TOY as SMALL
 
+import config
+import data
 from config import Settings
 from model import Block
 from tools import bench, figures, learn, peers
@@ -109,7 +113,36 @@ def test_start_up_is_that_of_the_programs(command, monkeypatch):
     assert [words for words in started if "train.py" in words] == 3 * [["train.py", "--help"]]
 
 
+def test_what_is_asked_of_a_gpu_is_run_a_process_each(command, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    started = []
+    monkeypatch.setattr(bench.subprocess, "run", lambda words, **how: started.append(words[3:-1]))
+    status, output = command(bench, "--gpu", "--repeats", 2)
+    assert status == 0 and [" ".join(words) for words in started] == [*bench.ON_GPU]
+    for words in started:
+        assert set(bench.make_parser().parse_args(words).work.split(",")) <= set(bench.WORK)
+
+
+def test_a_run_of_train_py_is_measured_by_its_own_log(command, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e11, 1e10))
+
+    def run(words, **how):
+        out = Path(next(word for word in words if word.startswith("--out="))[6:])
+        settings = config.load([word for word in words if word.startswith("--")], "")
+        assert (settings.segment, settings.steps, settings.parallel) == (0.4, 20, "ddp")
+        assert len(data.Tokens(settings.data, "train").tracks) == 50
+        out.mkdir()
+        (out / "metrics.jsonl").write_text('{"tokens_per_s": 1234, "data_wait": 0.5, "mfu": 0.25, "memory": 3.0}\n')
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    status, output = command(bench, "--work", "run", "--train_frames", 20, "--repeats", 1, "--train_batch", 2)
+    assert status == 0 and "1,234 tokens/s  MFU 25.0%, 3.0 GiB, waits for data 50.0%" in output, output
+
+
 def test_bad_input_is_refused(command):
+    if not torch.cuda.is_available():
+        status, output = command(bench, "--gpu")
+        assert status == 2 and "--gpu: there is no CUDA device here" in output
     status, output = command(bench, "--work", "trian")
     assert status == 2 and "there is no 'trian'" in output
     status, output = command(bench, "--generate_batch", "one")
@@ -155,6 +188,15 @@ def test_the_estimate_allocates_nothing_and_knows_small(command, tmp_path, monke
     status, output = command(estimating, "config/demo.py", "--processes=3", "--batch_size=8")
     assert status == 2 and "batch_size = 8 does not divide by 3 processes" in output
     assert command(estimating, "--processes=0")[0] == 2
+
+
+def test_a_picture_of_how_fast_models_learn(tmp_path, command):
+    (tmp_path / "learn.json").write_text(json.dumps({"ours": [[1.0, 1000, [3.0, 4.0]], [2.0, 2000, [2.0, 3.0]]]}))
+    status, output = command(figures, tmp_path / "learn.json", tmp_path / "learn.png")
+    if importlib.util.find_spec("matplotlib"):
+        assert status == 0 and (tmp_path / "learn.png").stat().st_size > 5000
+    else:
+        assert status == 2 and "needs matplotlib; pip install pillow matplotlib" in output
 
 
 def test_a_picture_of_the_epochs(toy_run, tmp_path, command):

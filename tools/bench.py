@@ -340,7 +340,7 @@ def numbers(text):
     return [int(part) for part in text.split(",")]
 
 
-def main():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="train,generate,start", help=f"of {', '.join(WORK)} (default: %(default)s)")
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
@@ -361,8 +361,14 @@ def main():
     parser.add_argument("--seconds", type=float, default=300, help="to learn for, of each (default 300)")
     parser.add_argument("--repeats", type=int, default=5, help="of each, in turn (default 5)")
     parser.add_argument("--gpu", action="store_true", help=f"instead of all that: {'; '.join(ON_GPU)}")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = make_parser().parse_args()
     if args.gpu:
+        if not torch.cuda.is_available():
+            raise UserError("--gpu: there is no CUDA device here; leave it out")
         for words in ON_GPU:
             command = [sys.executable, "-m", "tools.bench", *words.split(), f"--repeats={args.repeats}"]
             subprocess.run(command, cwd=Path(__file__).parent.parent)
