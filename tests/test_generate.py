@@ -212,3 +212,12 @@ def test_gpu_agrees_with_cpu_and_compiled_with_eager():
     compiled = generate(optimize(make_model().cuda(), compiled=True), [PIANO], 45, temperature=0)
     for codes in (on_gpu, compiled):  # rounding may tip a choice, and with it those after it
         assert (codes.cpu() == on_cpu).float().mean() > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_p": 0.9, "cfg_beta": 2.0}])
+def test_gpu_a_recorded_step_chooses_the_codes_of_an_eager_one(options, monkeypatch):
+    recorded = generate(make_model().cuda(), [PIANO, {}], 45, **options)
+    monkeypatch.setattr(generation, "CUDAGraph", lambda function, *inputs: function)
+    assert torch.equal(generate(make_model().cuda(), [PIANO, {}], 45, **options), recorded)
