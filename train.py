@@ -154,7 +154,7 @@ def main():
             print(f"captions are tokenized as {last if saved else s.init_from} has it, not by {s.data}'s own tokenizer")
         tokenizer = start_from["tokenizer"]
     torch.manual_seed(s.seed)  # here, as making the data and the codec draws numbers too
-    with torch.device("meta" if saved else "cpu"):  # weights that are restored below need not be drawn: half a minute
+    with torch.device("meta" if saved else "cpu"):  # what is restored below need not be drawn: half a minute for small
         model = MusicLM(s, codec.describe(), tokenizer)
     if saved:
         model.to_empty(device="cpu")
@@ -211,7 +211,7 @@ def main():
         signal.signal(number, functools.partial(request_stop, signals))
     prepare, micro_batch = model.conditioner.prepare, s.micro_batch or s.batch_size // world_size
     batches = data.loader(data.TrainingSteps(train_data, prepare, T, s, rank, world_size), step, device)
-    words = sorted({*train_data.words(), *(start_from or {}).get("words", ())})
+    words = sorted({*train_data.words(), *(start_from or {}).get("words", ())}) if rank == 0 else []  # who alone saves
     described = dict(settings=vars(s), codec=codec.describe(), tokenizer=tokenizer, words=words)  # in every checkpoint
     flops, peak = functools.cache(model.flops), world_size * (common.peak_flops(device, dtype) or math.inf)
     bar = tqdm(total=s.steps, initial=step, desc="training", file=sys.stdout, mininterval=1, smoothing=0.05)
