@@ -281,6 +281,8 @@ def shard(model, device, dtype, reshard_blocks, reshard_rest=False):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_blocks)
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_rest)
+    if next(model.parameters()).is_meta:
+        model.to_empty(device=device)
 
 
 def is_sharded(model):
@@ -312,13 +314,16 @@ def get_state(model, optimizer=None):
     return model.state_dict(), {names[p]: state for p, state in optimizer.state.items()} if optimizer else {}
 
 
-def set_state(model, weights, optimizer=None, state=None):
-    """Undoes `get_state`: every rank is given the whole, and takes its share. The optimizer keeps its settings."""
+def set_state(model, weights, optimizer=None, state=None, from_rank_0=False):
+    """Undoes `get_state`: every rank takes its share of the whole. The optimizer keeps its settings.
+
+    Every rank is given the whole, or only rank 0 is, which then sends it weight by weight.
+    """
     if is_sharded(model):
         from torch.distributed.checkpoint import state_dict as dcp
 
-        options = dcp.StateDictOptions(full_state_dict=True)
-        dcp.set_model_state_dict(model, weights, options=options)
+        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_rank_0)
+        dcp.set_model_state_dict(model, dict(weights), options=options)  # it changes what it is given
         if optimizer:
             groups = dcp.get_optimizer_state_dict(model, optimizer)["param_groups"]
             dcp.set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)

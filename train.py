@@ -154,29 +154,32 @@ def main():
             print(f"captions are tokenized as {last if saved else s.init_from} has it, not by {s.data}'s own tokenizer")
         tokenizer = start_from["tokenizer"]
     torch.manual_seed(s.seed)  # here, as making the data and the codec draws numbers too
-    with torch.device("meta" if saved else "cpu"):  # what is restored below need not be drawn: half a minute for small
+    is_sharded = world_size > 1 and s.parallel == "fsdp"
+    has_weights = not saved and (rank == 0 or not is_sharded)  # else they come from a file, or from rank 0
+    with torch.device("cpu" if has_weights else "meta"):  # to draw them takes half a minute for small, 13 GB for large
         model = MusicLM(s, codec.describe(), tokenizer)
-    if saved:
-        model.to_empty(device="cpu")
     T = model.trained_frames
-    if not model.pattern(T // 2 if s.short_every else T, training=True).frame_mask.any(1).all():
+    if not model.pattern(T // 2 if s.short_every else T, training=True, device="cpu").frame_mask.any(1).all():
         raise UserError(f"a segment of {T} frames leaves a codebook without a target; lengthen it")
-    if s.style:
+    if s.style and has_weights:
         model.conditioner.prepended["style"].set_codec(codec)
-    if s.init_from and not saved:
+    if s.init_from and has_weights:
         model.load_state_dict(merge_lora(start_from["ema"], start_from["settings"]), strict=False)  # LoRA starts anew
     freeze(model, s.freeze)
     ema = AveragedModel(model)
     ema.module.eval().requires_grad_(False)
     if s.compile == "always" or (s.compile == "auto" and device.type == "cuda" and s.steps >= 1000):
         common.compile_blocks(model, device)
-    if world_size > 1 and s.parallel == "fsdp":
+    if is_sharded:
+        drawn = model.state_dict() if has_weights else {}
         common.shard(model, device, dtype, s.reshard_after_forward)
         common.shard(ema.module, device, dtype, True, True)  # no backward pass would spread it again
+        for part in [] if saved else [model, ema.module]:
+            common.set_state(part, drawn, from_rank_0=True)
         net = model
     else:
-        model.to(device)
-        ema.module.to(device)
+        for part in (model, ema.module):
+            part.to(device) if has_weights else part.to_empty(device=device)
         net = common.replicate(model, device) if world_size > 1 else model
     loss_weights = codebook_weights(s, model.K).to(device)
     optimizer = make_optimizer(model, s)
