@@ -176,6 +176,7 @@ def main():
         common.shard(ema.module, device, dtype, True, True)  # no backward pass would spread it again
         for part in [] if saved else [model, ema.module]:
             common.set_state(part, drawn, from_rank_0=True)
+        del drawn
         net = model
     else:
         for part in (model, ema.module):
