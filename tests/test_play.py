@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 import soundfile
-import torch
 from conftest import finish, start
 
 import sample
@@ -73,7 +72,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def folder(toy_run, tmp_path_factory):
-    """A toy run's checkpoints: best.pt and last.pt, and beside them all.pt, untrained, with all conditions."""
+    """A toy run's best.pt and last.pt; one folder up there is another."""
     folder = tmp_path_factory.mktemp("play") / "run"
     folder.mkdir()
     for name in ("best.pt", "last.pt"):
@@ -163,7 +162,9 @@ def test_what_will_not_do_gets_one_line(server):
     for text in ("", "{", "[1]", "[" * 100_000, b"\xff"):
         assert "must be a JSON object" in server.refusal(text)
     assert "must be of type application/json" in server.refusal("{}", kind="text/plain"), "as other sites may send"
-    assert server.idle() and server.ask(ASKED)[0] == 200
+    for caption in ("", "\ud800 \0 \n", None, 5):
+        assert server.ask({"caption": caption, "duration": 0.3})[0] == 200
+    assert server.idle()
 
 
 def test_audio_that_will_not_do_gets_one_line(server):
@@ -221,24 +222,9 @@ def test_a_client_that_goes_away_ends_its_take(server, caplog):
     assert server.ask(ASKED)[0] == 200 and not caplog.records, "and no traceback is logged"
 
 
-@pytest.fixture(scope="module")
-def conditions(folder, tmp_path_factory):
-    """A server of a model with melody and style, of the toy's sizes and untrained."""
-    from config import Settings
-    from model import MusicLM
-
-    saved = torch.load(folder / "best.pt", weights_only=True)
-    saved["settings"] |= dict(melody=True, style=True, style_dim=32, style_heads=2, style_bins=16)
-    torch.manual_seed(0)
-    model = MusicLM(Settings(**saved["settings"]), saved["codec"], saved["tokenizer"])
-    path = tmp_path_factory.mktemp("conditions") / "best.pt"
-    torch.save({**saved, "ema": model.state_dict()}, path)
-    server = Server(path)
-    yield server
-    server.stop()
-
-
-def test_a_melody_and_a_style_where_the_model_has_them(conditions):
+def test_a_melody_and_a_style_where_the_model_has_them(of_all_conditions, request):
+    conditions = Server(of_all_conditions)
+    request.addfinalizer(conditions.stop)
     assert json.loads(conditions.open("GET", "/about").read())["conditions"] == ["melody", "style"]
     asked = {**ASKED, "melody": upload(tone(2)), "style": upload(tone(1, 880), name="style.wav")}
     status, events = conditions.ask(asked)
@@ -328,15 +314,73 @@ def test_in_a_browser(browser, server, tmp_path, width):
     page.close()
 
 
-def test_stop_in_a_browser_ends_the_take_and_keeps_what_there_is(browser, server):
-    page = browser.new_page()
-    page.goto(f"http://127.0.0.1:{server.port}/")
-    page.wait_for_selector("#make:enabled")
-    page.get_by_label("Duration").fill("120")
+@pytest.fixture
+def open_page(browser, server):
+    """Opens the page, ready: -> its tab."""
+    pages = []
+
+    def open_one(server=server):
+        page = browser.new_page()
+        pages.append(page)
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.wait_for_selector("#make:enabled")
+        return page
+
+    yield open_one
+    for page in pages:
+        page.close()
+
+
+def make(page, seconds):
+    page.get_by_label("Duration").fill(str(seconds))
     page.get_by_role("button", name="Make music").click()
+
+
+def test_stop_in_a_browser_ends_the_take_and_keeps_what_there_is(open_page, server):
+    page = open_page()
+    make(page, 120)
     page.wait_for_selector("article[data-samples]")
     page.get_by_role("button", name="Stop").click()
     page.wait_for_selector("article audio")
     assert page.inner_text("#status") == "stopped" and server.idle()
     assert 0 < int(page.locator("article").get_attribute("data-samples")) < 120 * RATE
-    page.close()
+
+
+def test_a_second_browser_is_told_that_it_waits_and_is_served(open_page):
+    first, second = open_page(), open_page()
+    make(first, 120)
+    first.wait_for_selector("article[data-samples]")
+    make(second, 1)
+    second.wait_for_selector("text=waiting for 1 other")
+    first.close()
+    second.wait_for_selector("article audio")
+    assert "1.0 s made at" in second.inner_text("#status")
+
+
+def test_an_earlier_take_may_be_heard_while_another_is_made(open_page):
+    page = open_page()
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    make(page, 1)
+    page.wait_for_selector("article audio")
+    make(page, 6)
+    page.wait_for_selector("article[data-samples] >> nth=1")
+    page.locator("audio").last.evaluate("audio => audio.play()")
+    page.wait_for_function("document.querySelectorAll('audio').length === 2")
+    assert page.locator("article").first.get_attribute("data-samples") == str(6 * RATE) and not wrong
+    assert page.inner_text("#error") == ""
+
+
+def test_audio_is_chosen_in_the_page_and_what_is_refused_is_said_there(open_page, of_all_conditions, request, tmp_path):
+    conditions = Server(of_all_conditions)
+    request.addfinalizer(conditions.stop)
+    page = open_page(conditions)
+    for label in ("A melody to follow", "A style to take after"):
+        assert page.get_by_label(label).is_visible()
+    tune = base64.b64decode(upload(tone(2))["content"])
+    for content, said in ((bytes(21_000_000), "larger than 20 MB"), (b"text", "tune.wav: cannot be read"), (tune, "")):
+        (tmp_path / "tune.wav").write_bytes(content)
+        page.get_by_label("A melody to follow").set_input_files(tmp_path / "tune.wav")
+        make(page, 1)
+        page.wait_for_selector(f"#error:has-text('{said}')" if said else "article audio")
+    assert "melody tune.wav" in page.inner_text("article") and page.inner_text("#error") == ""
