@@ -384,3 +384,7 @@ def test_audio_is_chosen_in_the_page_and_what_is_refused_is_said_there(open_page
         make(page, 1)
         page.wait_for_selector(f"#error:has-text('{said}')" if said else "article audio")
     assert "melody tune.wav" in page.inner_text("article") and page.inner_text("#error") == ""
+    page.get_by_role("button", name="Without this audio").click()
+    make(page, 1)
+    page.wait_for_selector("article:nth-child(2)")
+    assert "tune.wav" not in page.locator("article").first.inner_text()
