@@ -18,8 +18,9 @@ Letters: B batch, K codebooks, T frames.
 import contextlib
 import hashlib
 import importlib.machinery
-import io
+import itertools
 import math
+import mmap
 import os
 import re
 import sys
@@ -129,28 +130,31 @@ class Codec:
         return (mono[:, None, :, None] * ours).flatten(3).flatten(0, 1)
 
 
-def encode_many(codec, wavs, piece=30.0, context=1.0, batch=16):
-    """wavs [channels, samples], each of any length -> codes [K, T] of each, in pieces of `piece` seconds.
+def windows(blocks, step, side):
+    """Blocks [channels, any] of one wav, as they come -> (samples before, [channels, any]) for every `step` samples.
+
+    Each comes with up to `side` samples on either side; `before` says how many stand before its own.
+    """
+    wav, before = None, 0
+    for block in itertools.chain(blocks, [None]):
+        ended = block is None
+        if not ended:
+            wav = block if wav is None else torch.cat([wav, block], dim=1)
+        while wav.shape[1] >= before + step + side or (ended and wav.shape[1] > before):
+            yield before, wav[:, : before + step + side]
+            dropped = max(0, before + step - side)
+            wav, before = wav[:, dropped:], before + step - dropped
+
+
+def encode_long(codec, wav, piece=30.0, context=1.0):
+    """wav [channels, samples] of any length -> codes [K, T], in pieces of `piece` seconds, to bound the memory.
 
     Each piece is encoded with `context` seconds on either side, whose codes are dropped, so that no seam is heard.
-    Pieces of one length go through the codec together, at most `batch` of them, so that no padding is heard either.
     """
-    hop, step, side = codec.hop, round(piece * codec.frame_rate), round(context * codec.frame_rate)
-    wavs = [wav / wav.abs().max().clamp(min=1) for wav in wavs]
-    lengths = [math.ceil(wav.shape[1] / hop) for wav in wavs]
-    places = [(i, start) for i, T in enumerate(lengths) for start in range(0, T, step)]
-    pieces = {(i, start): wavs[i][:, max(0, start - side) * hop : (start + step + side) * hop] for i, start in places}
-    alike, codes = {}, {}
-    for place in places:
-        alike.setdefault(pieces[place].shape[1], []).append(place)
-    for group in alike.values():
-        for first in range(0, len(group), batch):
-            together = group[first : first + batch]
-            codes.update(zip(together, codec.encode(torch.stack([pieces[place] for place in together]))))
-    for i, start in places:
-        before = start - max(0, start - side)
-        codes[i, start] = codes[i, start][:, before : before + min(step, lengths[i] - start)]
-    return [torch.cat([codes[i, start] for start in range(0, T, step)], dim=1) for i, T in enumerate(lengths)]
+    step, side = (round(seconds * codec.frame_rate) for seconds in (piece, context))
+    pieces = windows([wav / wav.abs().max().clamp(min=1)], step * codec.hop, side * codec.hop)
+    codes = [codec.encode(wav[None])[0, :, before // codec.hop :][:, :step] for before, wav in pieces]
+    return torch.cat(codes, dim=1)
 
 
 def decode_stream(codec, parts, n=25):
@@ -266,45 +270,57 @@ def build_musicgen_32khz(state, pad_mode):
 
 def load_audio(path, sample_rate, channels=1):
     """An audio file as float32 [channels, samples] at `sample_rate`; raises UserError if it cannot be read."""
+    return torch.cat(list(read_blocks(path, sample_rate, channels)), dim=1)
+
+
+def read_blocks(path, sample_rate, channels=1, seconds=10):
+    """`load_audio` in blocks of ten seconds, so that a file of any length needs little memory."""
+    samples = heard = 0
     try:
-        wav, rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
+        with open_audio(path) as file:
+            rate, ended = file.samplerate, False
+            resampler = soxr.ResampleStream(rate, sample_rate, channels, dtype="float32")
+            while not ended:
+                wav = file.read(seconds * rate, dtype="float32", always_2d=True)
+                ended = len(wav) < seconds * rate
+                heard += len(wav)
+                if not np.isfinite(wav).all():
+                    raise UserError(f"{path}: holds samples that are not numbers")
+                wav = resampler.resample_chunk(to_channels(wav, channels), last=ended)
+                if not np.isfinite(wav).all():
+                    raise UserError(f"{path}: holds samples too large to be music")
+                samples += len(wav)
+                if len(wav):
+                    yield torch.from_numpy(wav.T.copy())
     except (soundfile.LibsndfileError, OSError) as error:
         raise UserError(f"{path}: cannot be read as audio ({str(error).split(': ')[-1].strip()})") from None
-    if not len(wav) and (repaired := with_length(Path(path).read_bytes())):
-        wav, rate = soundfile.read(io.BytesIO(repaired), dtype="float32", always_2d=True)
-    if not len(wav):
+    if not heard:
         raise UserError(f"{path}: holds no samples")
-    if not np.isfinite(wav).all():
-        raise UserError(f"{path}: holds samples that are not numbers")
-    if Path(path).suffix.lower() == ".mp3" and (seconds := mp3_seconds(path)) > 1.02 * len(wav) / rate + 0.2:
-        heard = len(wav) / rate
-        raise UserError(f"{path}: its header tells of {heard:.1f} s, and it holds {seconds:.1f} s; convert it")
-    if channels == 1:
-        wav = wav.mean(1, keepdims=True)
-    elif wav.shape[1] == 1:
-        wav = wav.repeat(channels, 1)
-    elif wav.shape[1] != channels:
-        wav = downmix(wav)
-    wav = soxr.resample(wav, rate, sample_rate).T
-    if not wav.size:
+    if not samples:
         raise UserError(f"{path}: too short, not one sample long at {sample_rate} Hz")
-    if not np.isfinite(wav).all():
-        raise UserError(f"{path}: holds samples too large to be music")
-    return torch.from_numpy(np.ascontiguousarray(wav, dtype=np.float32))
+    if Path(path).suffix.lower() == ".mp3" and (whole := mp3_seconds(path)) > 1.02 * heard / rate + 0.2:
+        raise UserError(f"{path}: its header tells of {heard / rate:.1f} s, and it holds {whole:.1f} s; convert it")
 
 
-def with_length(content):
-    """A WAV whose header tells of 0 bytes, as a pipe or a recording that broke off leaves it, with what it holds."""
+def open_audio(path):
+    """A SoundFile. A WAV whose header tells of 0 bytes, as a pipe or a recording that broke off leaves it, has all."""
+    file = soundfile.SoundFile(os.fsencode(path))
+    if file.frames:
+        return file
+    with open(path, "rb") as raw:
+        content = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)  # what is changed in it stays out of the file
     data = content.find(b"data", 12)
     if content[:4] != b"RIFF" or data < 0 or content[data + 4 : data + 8] != bytes(4):
-        return b""
-    lengths = [(len(content) - 8).to_bytes(4, "little"), (len(content) - data - 8).to_bytes(4, "little")]
-    return content[:4] + lengths[0] + content[8 : data + 4] + lengths[1] + content[data + 8 :]
+        return file
+    for at in (4, data + 4):
+        content[at : at + 4] = min(len(content) - at - 4, 2**32 - 1).to_bytes(4, "little")
+    return soundfile.SoundFile(content)
 
 
 def mp3_seconds(path):
     """What the frames of an MP3 add up to (ISO 11172-3, 13818-3): libsndfile goes by its header, which may be wrong."""
-    content, at, seconds = Path(path).read_bytes(), 0, 0.0
+    with open(path, "rb") as file:
+        content, at, seconds = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0, 0.0
     kbps = {3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
             2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}  # fmt: skip
     while 0 <= at < len(content) - 3:
@@ -318,6 +334,15 @@ def mp3_seconds(path):
         seconds += samples / hertz
         at += samples // 8 * 1000 * kbps[3 if version == 3 else 2][bitrate] // hertz + (third >> 1 & 1)
     return seconds
+
+
+def to_channels(wav, channels):
+    """wav [samples, any] -> [samples, channels]."""
+    if channels == 1:
+        return wav.mean(1, keepdims=True)
+    if wav.shape[1] == 1:
+        return wav.repeat(channels, 1)
+    return wav if wav.shape[1] == channels else downmix(wav)
 
 
 def downmix(wav):

@@ -36,7 +36,7 @@ INFERENCE_CODEBOOKS = 3  # of a style by default, once trained (arXiv:2407.12563
 
 
 def merge_text(caption, metadata, rng):
-    """The caption followed by its other metadata, 'genre: jazz. bpm: 120', in random order."""
+    """The caption, if there is one, and then the other metadata, 'genre: jazz. bpm: 120', in random order."""
     parts = rng.permutation([f"{key}: {value}" for key, value in metadata.items()])
     return ". ".join([caption, *parts] if caption else parts)
 
@@ -54,13 +54,13 @@ def excerpt(frames, seconds, place, codebooks, frame_rate):
 def draw_conditions(caption, metadata, frames, frame_rate, rng, s):
     """Which conditions one training item of so many frames is given, by its own draws from `rng` (numpy Generator).
 
-    With probability `merge_text_p` the metadata joins the caption; each word is dropped with `word_dropout`; text,
-    melody and style are dropped each by its own probability; and all together with `cfg_dropout` (classifier-free
-    guidance, arXiv:2207.12598). -> {"text": str or None, "melody": bool, "style": None or an `excerpt`, whose length,
-    place and number of codebooks are uniform}.
+    With probability `merge_text_p` the metadata joins the caption, and always where there is none; each word is dropped
+    with `word_dropout`; text, melody and style are dropped each by its own probability; and all together with
+    `cfg_dropout` (classifier-free guidance, arXiv:2207.12598). -> {"text": str or None, "melody": bool, "style": None
+    or an `excerpt`, whose length, place and number of codebooks are uniform}.
     """
     merge, drop_all, drop_text = rng.random(3)
-    if merge < s.merge_text_p:
+    if merge < s.merge_text_p or not caption:
         caption = merge_text(caption, metadata, rng)
     if s.word_dropout:
         words = caption.split()
@@ -168,8 +168,13 @@ def melody_of(wav, sample_rate):
         before = min(2, first)
         piece = wav[(first - before) * hop : (first + 60 * CHROMA_RATE + 2) * hop]
         chroma = chromagram(piece[None], sample_rate)[0, :, before:][:, : 60 * CHROMA_RATE]
-        notes.append(torch.where(chroma.sum(0) > 0, chroma.argmax(0), SILENCE))
-    return torch.cat(notes).to(torch.uint8)
+        notes.append(strongest(chroma))
+    return torch.cat(notes)
+
+
+def strongest(chroma):
+    """Chroma [12, T'] -> the strongest pitch class of each frame, uint8 [T'], or SILENCE."""
+    return torch.where(chroma.sum(0) > 0, chroma.argmax(0), SILENCE).to(torch.uint8)
 
 
 class MelodyEmbedder(nn.Module):

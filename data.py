@@ -65,6 +65,8 @@ def read_meta(folder):
             raise ValueError("a size is no number above 0")
         if not all(type(meta["codec"][key]) is str for key in ("name", "id")):
             raise ValueError("the codec has no name")
+        if type(meta.get("checksums", {})) is not dict:
+            raise ValueError("its checksums are no object")
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -104,6 +106,11 @@ def read_tracks(path, frames):
 def captions_of(track):
     """All captions of a track; the one empty text where it has none."""
     return track.get("captions", [track["caption"]])
+
+
+def text_of(track):
+    """What a held-out track asks for: its caption or, where it has none, its metadata."""
+    return track["caption"] or ". ".join(f"{key}: {value}" for key, value in track["metadata"].items())
 
 
 def words_of(texts):
@@ -214,7 +221,7 @@ class Tokens:
 
     def whole_items(self, pieces, T, s):
         """Pieces (track, first frame) -> items with every condition that the settings have, and nothing dropped."""
-        return [(track, start, all_conditions(track["caption"], min(T, track["frames"] - start), self.frame_rate, s))
+        return [(track, start, all_conditions(text_of(track), min(T, track["frames"] - start), self.frame_rate, s))
                 for track, start in pieces]  # fmt: skip
 
     def segments(self, T, most=0):

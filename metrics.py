@@ -252,7 +252,7 @@ def evaluate(checkpoint, codec, train_data, valid_data, s):
     """
     model, _, _ = load_model(checkpoint, codec.device)
     T, asked = clip_frames(s, codec), valid_data.tracks[: s.evaluate_clips]
-    attributes = attributes_of(train_data) if any(track["caption"] for track in asked) else {}
+    attributes = attributes_of(train_data) if any(map(data.text_of, asked)) else {}
     *_, conditions = valid_data.collate(valid_data.whole_items([(track, 0) for track in asked], T, s), T)
     wanted = what_to_generate(conditions, s)
     guided = next(iter(wanted))
@@ -322,7 +322,7 @@ def write_samples(checkpoint, codec, valid_data, step, s):
     for new in (folder, held_out):
         new.mkdir(parents=True, exist_ok=True)
     for seed, track in enumerate(tracks):
-        name, real = file_name(track["caption"], seed), codes[seed, :, : lengths[seed]]
+        name, real = file_name(data.text_of(track), seed), codes[seed, :, : lengths[seed]]
         wavs = {
             "free": (folder / f"{name}.wav", codec.decode(free[seed][None])[0]),
             "continued": (folder / f"{name}_continued.wav", codec.decode(continued[seed][None])[0]),
@@ -331,7 +331,7 @@ def write_samples(checkpoint, codec, valid_data, step, s):
         with contextlib.suppress(UserError):  # the music may have been moved since it was encoded
             wav = load_audio(track["path"], codec.sample_rate, codec.channels)
             wavs["reference"] = (held_out / f"{name}.wav", wav[:, : real.shape[1] * codec.hop])
-        clip = dict(caption=track["caption"], seed=seed, prompt_seconds=prompt_frames / codec.frame_rate)
+        clip = dict(caption=data.text_of(track), seed=seed, prompt_seconds=prompt_frames / codec.frame_rate)
         for key, (path, wav) in wavs.items():
             clip[key] = write_audio(path, wav, codec.sample_rate).relative_to(out).as_posix()
         clips.append(clip)

@@ -36,7 +36,7 @@ from codec import (
     FORMATS,
     decode_stream,
     draw_spectrogram,
-    encode_many,
+    encode_long,
     file_name,
     load_audio,
     load_codec,
@@ -180,7 +180,7 @@ def generation_options(args, model, s, codec):
                 f" {args.duration:g} s in all; make --duration longer"
             )
         wav = wav[:, : max(1, wav.shape[1] // codec.hop) * codec.hop]  # a frame that ends in silence would be an ending
-        prompt = encode_many(codec, [wav])[0][None]
+        prompt = encode_long(codec, wav)[None]
     return dict(frames=frames, prompt=prompt, stride=stride, **options)
 
 
@@ -217,7 +217,7 @@ def style_condition(args, model, s, codec):
     """The codes of the middle of --style, no longer than any excerpt of training, and how many codebooks to keep."""
     if not 1 <= args.style_codebooks <= s.style_codebooks:
         raise UserError(f"--style_codebooks {args.style_codebooks}: must be from 1 to training's {s.style_codebooks}")
-    (codes,) = encode_many(codec, [load_condition(args, "style", model, codec)])
+    codes = encode_long(codec, load_condition(args, "style", model, codec))
     most = min(model.conditioner.prepended["style"].frames, model.trained_frames // 2)
     if codes.shape[1] > most:
         print(f"--style {args.style}: its middle {most / codec.frame_rate:g} s are taken")

@@ -318,7 +318,7 @@ def main():
         print(f"stopped at step {step}; to resume: {common.launcher()} {shlex.join(sys.argv)}")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
     print(f"\nlisten: {out / 'index.html'}")
-    caption = shlex.quote(valid_data.tracks[0]["caption"])
+    caption = shlex.quote(data.text_of(valid_data.tracks[0]))
     print(f"try:    python sample.py {best} {caption} --duration {s.clip_seconds or s.segment:g}")
 
 

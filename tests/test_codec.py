@@ -8,7 +8,7 @@ import soundfile
 import torch
 from encodec import EncodecModel
 
-from codec import decode_stream, describe_codec, encode_many, load_audio, load_codec, mp3_seconds, write_audio
+from codec import decode_stream, describe_codec, encode_long, load_audio, load_codec, mp3_seconds, write_audio
 from common import UserError
 from demo import corpus
 from demo.tiny import WEIGHTS
@@ -55,7 +55,7 @@ def test_a_wav_that_peaks_above_one_is_scaled_down(codec, wav):
 
 
 def test_long_audio_in_pieces_equals_whole(codec, wav):
-    assert torch.equal(encode_many(codec, [wav[0]], piece=1.5)[0], codec.encode(wav[:1])[0])
+    assert torch.equal(encode_long(codec, wav[0], piece=1.5), codec.encode(wav[:1])[0])
 
 
 def test_the_id_names_the_weights(codec, tmp_path):
@@ -123,7 +123,7 @@ def test_stereo_passes_left_and_right_through_the_same_codec():
     torch.testing.assert_close(latents[:, :64], mono.latents(codes[:, 0::2]))
     summed = sum(table[codes[:, k]] for k, table in enumerate(stereo.vectors()))
     torch.testing.assert_close(summed.transpose(1, 2), latents)
-    assert torch.equal(encode_many(stereo, [wav[0]], piece=0.5)[0], codes[0])
+    assert torch.equal(encode_long(stereo, wav[0], piece=0.5), codes[0])
     loud = torch.cat([left, 4 * right], dim=1) / wav.abs().max()
     assert torch.equal(stereo.encode(loud), stereo.encode(loud / loud.abs().amax((1, 2), keepdim=True).clamp(min=1)))
 

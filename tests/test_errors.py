@@ -63,7 +63,7 @@ def test_music_that_cannot_be_prepared(command, music, tmp_path):
     refused(preparing(manifest(good + "not json\n")), "m.jsonl, line 2: not JSON")
     refused(preparing(manifest(good + '{"caption": "x"}\n')), 'm.jsonl, line 2: has no "path"')
     refused(preparing(manifest(good + '\n{"path": "c.wav"}\n')), "m.jsonl, line 3", "c.wav: no such file")
-    refused(preparing(music), "none of its 2 tracks has a caption", "--no-captions")
+    refused(preparing(music, "--tags", "genre,colour"), "--tags: colour is none of genre, title, mood, bpm, key")
     refused(preparing(music, "--codec", "mp3"), "unknown codec 'mp3'")
     assert not out.exists() and not (tmp_path / "out.partial").exists()
     refused(preparing(manifest(good + good)), "names a.wav more than once")

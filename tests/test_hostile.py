@@ -25,6 +25,7 @@ from conftest import ROOT, TOY
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
+import check
 import config
 import data
 import prepare
@@ -37,6 +38,7 @@ from config import Settings
 from model import MusicLM
 from patterns import make_pattern
 from tools import report
+from tracks import find_tracks
 
 IN_PLACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 MOST = 400  # characters of an error message, the paths of the tests among them
@@ -162,11 +164,11 @@ def music(folder):
 
 
 @IN_PLACE
-@given(st.lists(TEXTS, max_size=3), st.booleans())
-def test_any_manifest_is_read_or_refused(tmp_path, lines, captions):
+@given(st.lists(TEXTS, max_size=3))
+def test_any_manifest_is_read_or_refused(tmp_path, lines):
     manifest = music(tmp_path / "m") / "manifest.jsonl"
     manifest.write_bytes(b"\n".join(lines))
-    tracks = works_or_explains(lambda: prepare.find_tracks(manifest, captions)) or []
+    tracks = works_or_explains(lambda: find_tracks(manifest)) or []
     assert all(type(track["caption"]) is str and type(track["metadata"]) is dict for track in tracks)
     for track in tracks:
         merge_text(track["caption"], track["metadata"], np.random.default_rng(0))
@@ -179,7 +181,7 @@ def test_any_sidecar_is_read_or_refused(tmp_path, about, caption):
     folder = music(tmp_path / "m")
     (folder / "a.json").write_bytes(about)
     (folder / "b.txt").write_bytes(caption)
-    tracks = works_or_explains(lambda: prepare.find_tracks(folder, False))
+    tracks = works_or_explains(lambda: find_tracks(folder))
     assert tracks is None or len(tracks) == 2
 
 
@@ -261,7 +263,7 @@ def test_a_damaged_data_set_is_refused_or_gives_batches(dataset, tmp_path, drawn
     s = Settings(batch_size=4, valid_items=0)
 
     def use():
-        prepare.find_damage(folder)
+        check.find_damage(folder)
         splits = [data.Tokens(folder, split) for split in ("train", "valid")]
         unigram = data.unigram_ce(folder)
         assert unigram.shape == (4,) and np.isfinite(unigram).all() and (unigram >= 0).all()

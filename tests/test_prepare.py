@@ -1,5 +1,6 @@
 """Music to token shards: what is taken, what is left out and why, and that nothing encoded is lost."""
 
+import gzip
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import mutagen
 import numpy as np
 import pytest
 import sentencepiece
@@ -14,12 +16,18 @@ import soundfile
 import torch
 from conftest import Ranks
 
+import check
+import codec as codec_module
 import common
+import demo.corpus as demo_corpus
 import prepare
 from codec import load_audio, load_codec
 from common import UserError
+from conditioning import chromagram, draw_conditions, melody_of, strongest
 from config import Settings
-from data import Tokens
+from data import Tokens, text_of
+from listen import KEYS, key_of, listen, onset_strength, tempo_of
+from tracks import find_tracks
 
 TONE = 0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * 22_050) / 22_050)
 
@@ -91,21 +99,53 @@ def test_adding_tracks_moves_none_to_the_other_split():
 
 
 def test_killed_in_the_middle_it_resumes_and_ends_the_same(corpus, dataset, tmp_path):
-    out, journal = tmp_path / "out", tmp_path / "out.partial" / "journal.jsonl"
-    args = (corpus / "manifest.jsonl", "--out", out, "--workers", 1, "--valid_fraction", 0.2)
-    run = Ranks(*args, ranks=1, main=prepare.main)
-    run.wait_for(journal, 3)
+    out, args = tmp_path / "out", (corpus / "manifest.jsonl", "--workers", 1, "--valid_fraction", 0.2)
+    run = Ranks(*args, "--out", out, ranks=1, main=prepare.main)
+    while len(done := list(tmp_path.glob("encoded/*/*/*.npz"))) < 3:
+        assert run.processes[0].is_alive(), run.output()
     run.send(signal.SIGKILL)
     run.wait()
-    done = len(journal.read_text().splitlines())
-    assert 3 <= done < 16 and not out.exists()
-    with open(journal, "a") as file:
-        file.write('{"frames": 40')  # a line that the kill cut off
-    output = Ranks(*args, ranks=1, main=prepare.main).finish()
-    assert f"{done}/16" in output or f"{round(100 * done / 16)}%" in output
-    for path in (*dataset.glob("train_*"), *dataset.glob("valid_*"), dataset / "tokenizer.model"):
-        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
-    assert "is prepared already" in Ranks(*args, ranks=1, main=prepare.main).finish()
+    assert not out.exists() and len(done) < 16
+    done[0].write_bytes(done[0].read_bytes()[:-9])  # cut off: encoded again
+    kept = {path: path.stat().st_mtime_ns for path in done[1:]}
+    Ranks(*args, "--out", out, ranks=1, main=prepare.main).finish()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert same_data(out, dataset)
+    assert "is prepared already" in Ranks(*args, "--out", out, ranks=1, main=prepare.main).finish()
+
+
+def same_data(a, b):
+    made = [[*folder.glob("train_*"), *folder.glob("valid_*"), *folder.glob("*.npy"), folder / "tokenizer.model"]
+            for folder in (a, b)]  # fmt: skip
+    contents = [{path.name: path.read_bytes() for path in paths} for paths in made]
+    return contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_ranks_makes_the_same(corpus, dataset, tmp_path, ranks):
+    args = (corpus / "manifest.jsonl", "--out", tmp_path / "out", "--valid_fraction", 0.2, "--workers", 1)
+    assert "wrote" in Ranks(*args, ranks=ranks, main=prepare.main).finish()
+    assert same_data(tmp_path / "out", dataset)
+
+
+def test_music_is_encoded_once_whatever_is_said_of_it(tmp_path, monkeypatch, capsys):
+    music, out, heard = folder_of(tmp_path), tmp_path / "data" / "out", []
+    monkeypatch.setattr(prepare, "listen", lambda path, codec: heard.append(Path(path).name) or listen(path, codec))
+    prepare.prepare(music, out, workers=1)
+    assert sorted(heard) == ["0.wav", "1.wav", "2.wav", "3.wav"]
+    heard.clear()
+    (music / "0.txt").write_text("another caption")
+    (music / "1.wav").unlink()
+    os.rename(music / "2.wav", music / "moved.wav")
+    with pytest.raises(UserError, match="out: holds other data; add --replace to write it anew"):
+        prepare.prepare(music, out, workers=1)
+    prepare.prepare(music, out, workers=1, replace=True, vocab_size=300, valid_fraction=0.5)
+    tracks = {t["name"]: t["caption"] for split in ("train", "valid") for t in Tokens(out, split).tracks}
+    assert set(tracks) == {"0.wav", "moved.wav", "3.wav"} and tracks["0.wav"] == "another caption"
+    soundfile.write(music / "new.wav", TONE * 0.2, 22_050)
+    prepare.prepare(music, tmp_path / "data" / "second", workers=1, captions=False)
+    assert heard == ["new.wav"]
+    assert not (tmp_path / "data" / "out.former").exists() and "wrote" in capsys.readouterr().out
 
 
 def test_stopped_at_its_last_moment_it_ends_with_data_that_is_whole(corpus, tmp_path, monkeypatch):
@@ -122,34 +162,63 @@ def test_stopped_at_its_last_moment_it_ends_with_data_that_is_whole(corpus, tmp_
     (tmp_path / "out.partial" / ".DS_Store").write_bytes(b"")
     monkeypatch.setattr(common, "write_json", usual)
     prepare.prepare(corpus / "manifest.jsonl", tmp_path / "out", workers=1)
-    assert prepare.find_damage(tmp_path / "out") == []
+    assert check.find_damage(tmp_path / "out") == []
 
 
-def test_files_are_encoded_many_at_once_as_one_by_one(corpus):
-    """As on a GPU, and of any length: tracks that are left out keep their place."""
-    codec = load_codec("tiny")
-    wavs = [torch.rand(1, samples) - 0.5 for samples in (16_000, 40_000, 16_000, 700)]
-    found = [(wav.numpy(), np.zeros(3)) for wav in wavs]
-    encoded = prepare.encode(codec, [found[0], "silent", *found[1:]])
-    assert encoded[1] == "silent" and len(encoded) == 5
-    for (codes, _), wav in zip([encoded[0], *encoded[2:]], wavs):
-        alone = codec.encode(wav[None])[0].T.numpy()
-        assert codes.dtype == np.uint16 and codes.shape == alone.shape and (codes == alone).mean() > 0.99
+def test_a_file_in_pieces_is_heard_as_a_whole(tmp_path, monkeypatch):
+    """Two channels to one, of another rate, in blocks and pieces that do not divide it."""
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "a.wav", rng.uniform(-1, 1, (90_000, 2)), 22_050)
+    codec, wav = load_codec("tiny"), load_audio(tmp_path / "a.wav", 16_000)
+    whole = listen(tmp_path / "a.wav", codec)
+    assert torch.equal(whole["codes"], codec.encode(wav[None])[0]) and whole["seconds"] == wav.shape[1] / 16_000
+    assert torch.equal(strongest(whole["chroma"]), melody_of(wav[0], 16_000))
+    assert whole["level"] == pytest.approx(10 * wav.square().mean().log10().item(), abs=1e-3)
+    reads, usual = [], soundfile.SoundFile.read
+    monkeypatch.setattr("listen.PIECE", 1)
+    monkeypatch.setattr(codec_module.read_blocks, "__defaults__", (1, 1))
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda *args, **how: reads.append(usual(*args, **how)) or reads[-1]
+    )
+    pieces = listen(tmp_path / "a.wav", codec)
+    assert [len(read) for read in reads] == [22_050] * 4 + [1800], "never more of it in memory"
+    assert torch.equal(pieces["codes"], whole["codes"]) and torch.equal(pieces["chroma"], whole["chroma"])
+    assert pieces["tempo"] == whole["tempo"] and pieces["key"] == whole["key"]
+
+
+def test_tempo_and_key_are_heard():
+    """Of the demo's music: its tempo or an octave of it in each clip, its very key in most."""
+    ratios, keys = [], []
+    for index in range(40):
+        wav, about = demo_corpus.make_clip(3, index)
+        wav = torch.from_numpy(wav)
+        tempo = tempo_of(onset_strength(wav / wav.square().mean().sqrt(), 16_000))
+        ratios.append(tempo / about["bpm"])
+        keys.append(KEYS[key_of(chromagram(wav[None], 16_000)[0])] == sharp(about["key"]))
+    assert sum(abs(ratio - 1) < 0.02 for ratio in ratios) >= 26
+    assert sum(min(abs(ratio / octave - 1) for octave in (0.5, 1, 2)) < 0.02 for ratio in ratios) >= 38
+    assert sum(keys) >= 26
+    assert tempo_of(torch.zeros(400)) == tempo_of(torch.rand(100)) == 0 and key_of(torch.zeros(12, 9)) == -1
+
+
+def sharp(key):
+    tonic, mode = key.split()
+    return f"{dict(Db='C#', Eb='D#', Gb='F#', Ab='G#', Bb='A#').get(tonic, tonic)} {mode}"
 
 
 def test_check_finds_what_is_wrong(own_dataset, capsys):
-    assert prepare.check(own_dataset) == 0 and "no problems" in capsys.readouterr().out
+    assert check.check(own_dataset) == 0 and "no problems" in capsys.readouterr().out
     train = np.load(own_dataset / "train_000.npy")
     train[300, 2] = 512
     np.save(own_dataset / "train_000.npy", train)
-    assert prepare.check(own_dataset) == 2
+    assert check.check(own_dataset) == 2
     said = capsys.readouterr().out
     assert "token 512 at frame" in said and "train_000.npy: is gone, or not as it was prepared" in said
     meta = json.loads((own_dataset / "meta.json").read_text())
     for suffix in (".npy", "_melody.npy", ".jsonl"):  # the training side stands on both sides
         shutil.copy(own_dataset / f"train_000{suffix}", own_dataset / f"valid_000{suffix}")
     (own_dataset / "meta.json").write_text(json.dumps({**meta, "valid": meta["train"]}))
-    assert prepare.check(own_dataset) == 2 + 4 + meta["train"]["tracks"]
+    assert check.check(own_dataset) == 2 + 4 + meta["train"]["tracks"]
     assert "is the same music as" in capsys.readouterr().out
 
 
@@ -171,7 +240,7 @@ def folder_of(tmp_path, **sidecars):
 
 
 def tracks_in(music):
-    return {Path(track["name"]).name: track for track in prepare.find_tracks(music, captions_needed=True)}
+    return {Path(track["name"]).name: track for track in find_tracks(music)}
 
 
 @pytest.mark.parametrize("content, caption", [
@@ -232,9 +301,9 @@ def test_names_that_are_not_utf8_and_captions_of_any_length(tmp_path, capsys):
     tracks = [*Tokens(tmp_path / "out", "train").tracks, *Tokens(tmp_path / "out", "valid").tracks]
     assert len(tracks) == 4 and "caf\udce9.wav" in [track["name"] for track in tracks]
     printed = capsys.readouterr().out
-    assert "1 of 2 captions are longer than the 64 tokens that a model hears of them" in printed
+    assert "1 of 4 texts are longer than the 64 tokens that a model hears of them" in printed
     assert "--text_max_tokens=" in printed and "commonest words: long, words" in printed
-    assert prepare.check(tmp_path / "out") == 0
+    assert check.check(tmp_path / "out") == 0
 
 
 def test_short_tracks_under_a_long_segment_are_said(tmp_path, capsys):
@@ -253,7 +322,7 @@ def test_case_and_width_of_letters_change_no_token(tmp_path):
 
 
 def test_captions_that_cannot_be_used_are_found_before_anything_is_encoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "encode_all", lambda *args: pytest.fail("encoded first"))
+    monkeypatch.setattr(prepare, "encode_all", lambda *args, **how: pytest.fail("encoded first"))
     monkeypatch.setattr(prepare, "train_tokenizer", lambda *args: (_ for _ in ()).throw(UserError("no tokenizer")))
     with pytest.raises(UserError, match="no tokenizer"):
         prepare.prepare(folder_of(tmp_path), tmp_path / "out", workers=1)
@@ -289,3 +358,109 @@ def test_surround_comes_out_on_its_sides(tmp_path, channels, left, right):
     heard = [[i for i in range(channels) if power[side, hertz[i]] > 0.01 * power[side].max()] for side in (0, 1)]
     assert heard == [left, right]
     assert load_audio(tmp_path / "a.wav", 16_000, 2).abs().max() <= 1
+
+
+def tag(path, **tags):
+    file = mutagen.File(path, easy=True)
+    if file.tags is None:
+        file.add_tags()
+    for key, value in tags.items():
+        file[key] = value
+    file.save()
+
+
+def test_music_without_captions_is_told_by_its_tags_and_folders_and_by_ear(tmp_path, capsys):
+    music, clicks = tmp_path / "music", np.zeros(10 * 22_050)
+    (music / "hot_jazz" / "007").mkdir(parents=True)
+    for beat in range(20):
+        clicks[beat * 11_025 :][:2000] += 0.5 * np.hanning(2000) * np.sin(np.arange(2000) * 0.3)
+    soundfile.write(music / "hot_jazz" / "007" / "a.mp3", clicks, 22_050)
+    tag(music / "hot_jazz" / "007" / "a.mp3", genre="Swing", title="Night\u200b Walk", artist="Someone")
+    soundfile.write(music / "b.flac", clicks, 22_050)
+    tag(music / "b.flac", bpm="60", mood=["calm", "warm"], initialkey="Am", artist="Someone")
+    with soundfile.SoundFile(music / "c.wav", "w", 22_050, 1) as file:
+        file.genre, file.artist = "Polka", "Someone"
+        file.write(0.5 * clicks)
+    soundfile.write(music / "d.wav", TONE, 22_050)
+    (music / "d.txt").write_text("said by hand")
+    prepare.prepare(music, tmp_path / "out", workers=1)
+    tracks = {Path(t["name"]).name: t for split in ("train", "valid") for t in Tokens(tmp_path / "out", split).tracks}
+    a, b, c = (tracks[name]["metadata"] for name in ("a.mp3", "b.flac", "c.wav"))
+    assert list(a.items())[:4] == [("genre", "Swing"), ("title", "Night Walk"), ("folder", "hot jazz"),
+                                   ("tempo", "medium, 120 bpm")]  # fmt: skip
+    assert b == {"mood": "calm, warm", "bpm": "60", "key": "Am"}, "what the file says is not measured"
+    assert c["genre"] == "Polka" and c["tempo"] == "medium, 120 bpm"
+    assert tracks["d.wav"]["metadata"] == {} and tracks["d.wav"]["caption"] == "said by hand"
+    assert "tempo" in tracks["a.mp3"]["measured"] and tracks["b.flac"]["measured"] == []
+    assert "1 of 4 tracks have captions; of the others this is heard:" in (said := capsys.readouterr().out)
+    assert "tempo 2 (2 measured)" in said and "Someone" not in str(tracks)
+    prepare.prepare(music, tmp_path / "named", workers=1, tags=["artist"])
+    tracks = [t for split in ("train", "valid") for t in Tokens(tmp_path / "named", split).tracks]
+    assert sum(t["metadata"].get("artist") == "Someone" for t in tracks) == 3
+    prepare.prepare(music, tmp_path / "silent", workers=1, captions=False)
+    assert not any(t["metadata"] for split in ("train", "valid") for t in Tokens(tmp_path / "silent", split).tracks)
+    with pytest.raises(UserError, match="--tags: colour is none of genre, title, mood"):
+        prepare.prepare(music, tmp_path / "more", tags=["colour"])
+
+
+def test_metadata_is_heard_where_there_is_no_caption():
+    settings, rng = Settings(cfg_dropout=0.0), np.random.default_rng(0)
+    texts = {draw_conditions("", {"genre": "jazz", "bpm": 90}, 50, 50, rng, settings)["text"] for _ in range(20)}
+    assert texts == {"genre: jazz. bpm: 90", "bpm: 90. genre: jazz"}
+    assert draw_conditions("a tone", {"genre": "jazz"}, 50, 50, rng, settings)["text"] == "a tone"
+    assert text_of(dict(caption="", metadata={"genre": "jazz", "bpm": 90})) == "genre: jazz. bpm: 90"
+    assert text_of(dict(caption="a tone", metadata={"genre": "jazz"})) == "a tone"
+
+
+def test_an_egs_folder_of_the_reference_is_read(tmp_path, monkeypatch):
+    music, egs = folder_of(tmp_path, json=b'{"description": "told beside it", "sample_rate": 22050}'), tmp_path / "egs"
+    egs.mkdir()
+    lines = [dict(path=f"music/{number}.wav", duration=2.0, sample_rate=22_050, amplitude=None, weight=None,
+                  info_path=None) for number in range(4)]  # fmt: skip
+    lines[1]["path"] = str(music / "1.wav")
+    (egs / "data.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    monkeypatch.chdir(tmp_path)
+    tracks = tracks_in(egs)
+    assert [tracks[f"{number}.wav"]["caption"] for number in range(2)] == ["told beside it", "plain tone 1"]
+    assert len(tracks) == 4 and not any(track["metadata"] for track in tracks.values())
+    (egs / "data.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="data.jsonl.gz: neither a folder of audio nor a JSONL manifest"):
+        tracks_in(egs)
+
+
+def test_the_report_names_what_will_be_heard_and_its_remedy(tmp_path, capsys):
+    music, rng = tmp_path / "music", np.random.default_rng(0)
+    music.mkdir()
+    for number in range(6):
+        soundfile.write(music / f"{number}.wav", rng.uniform(-0.3, 0.3, 44_100), 22_050)
+        (music / f"{number}.txt").write_text("noise, noise")
+    soundfile.write(music / "clipped.wav", (20 * TONE).clip(-1, 1), 22_050)
+    soundfile.write(music / "quiet.wav", 0.005 * TONE, 22_050)
+    soundfile.write(music / "paused.wav", np.concatenate([TONE, 0 * TONE, 0 * TONE, 0 * TONE]), 22_050)
+    shutil.copy(music / "0.wav", music / "twin.wav")
+    for name in ("x.m4a", "y.m4a"):
+        (music / name).write_bytes(b"mp4")
+    soundfile.write(music / "short.wav", TONE[:9000], 22_050)
+    prepare.prepare(music, tmp_path / "out", workers=1)
+    said = capsys.readouterr().out
+    for line in ("left out: 3 files, listed in", "  2: .m4a is read by no library here", "levels are far apart",
+                 "  1: 0.41 s long, shorter than 1.0 s (", "clipped: 1 tracks, as clipped.wav",
+                 "% silence\nthat is much silence", "the same music more than once: 1 tracks, as",
+                 "commonest words: noise"):  # fmt: skip
+        assert line in said, line
+    assert check.check(tmp_path / "out") == (" is the same music as " in capsys.readouterr().out)
+
+
+def test_a_worker_that_dies_is_said_and_nothing_is_lost(tmp_path):
+    music = folder_of(tmp_path)
+    args = (music, "--out", tmp_path / "out", "--workers", 2)
+    run = Ranks(*args, ranks=1, main=prepare.main, before=die_while_listening)
+    assert "a worker died, maybe for want of memory; nothing is lost" in run.finish(status=2)
+
+
+def die_while_listening():
+    prepare.start_worker = die
+
+
+def die(*args):
+    os._exit(9)

@@ -36,7 +36,7 @@ import config
 import data
 import prepare
 import train
-from codec import encode_many, load_audio, load_codec
+from codec import encode_long, load_audio, load_codec
 from common import UserError, first_line
 from config import Settings
 from demo import corpus
@@ -202,12 +202,13 @@ def write_random_data(folder, frames, tracks=50):
     """A data set of random tokens of `tiny`."""
     codec, splits = load_codec("tiny").describe(), {}
     tokens = np.random.default_rng(0).integers(codec["card"], size=(tracks * frames, codec["K"])).astype(np.uint16)
+    arrays = [(piece, np.zeros(frames, np.uint8)) for piece in tokens.reshape(tracks, frames, -1)]
     for split in ("train", "valid"):
-        lines = [dict(name=f"{split}{i}", path="", caption=CONDITIONS["text"], metadata={}, first=i * frames,
-                      frames=frames) for i in range(tracks)]  # fmt: skip
-        prepare.write_split(folder, split, lines, tokens, np.zeros(len(tokens), np.uint8))
+        lines = [dict(name=f"{split}{i}", path="", caption=CONDITIONS["text"], metadata={}, frames=frames)
+                 for i in range(tracks)]  # fmt: skip
+        counts = prepare.write_split(folder, split, lines, arrays, codec)
         splits[split] = dict(tracks=tracks, frames=len(tokens))
-    np.save(folder / "counts.npy", [prepare.count_codes(tokens, lines, codec["card"])] * 2)
+    np.save(folder / "counts.npy", [counts, counts])
     (folder / "tokenizer.model").write_bytes(prepare.train_tokenizer(lines, 1000))
     common.write_json(folder / "meta.json", dict(format=data.DATA_FORMAT, codec=codec, **splits))
 
@@ -299,13 +300,10 @@ def bench_prepare(args):
         codec = load_codec("tiny").to("cuda" if torch.cuda.is_available() else "cpu")
         wavs = [load_audio(path, codec.sample_rate, 1) for path in sorted(audio.glob("*.flac"))]
         seconds = sum(wav.shape[1] for wav in wavs) / codec.sample_rate
-        if codec.device.type == "cuda":
-            alone = clock(lambda: [encode_many(codec, wavs[i : i + 16]) for i in range(0, clips, 16)], codec.device)
-        else:
-            workers = os.cpu_count()
-            with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-                shares = [(codec, [wav.numpy() for wav in wavs[i::workers]]) for i in range(workers)]
-                alone = max(pool.map(encode_alone, shares))
+        workers = os.cpu_count() if codec.device.type == "cpu" else 1
+        with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+            shares = [(codec, [wav.numpy() for wav in wavs[i::workers]]) for i in range(workers)]
+            alone = max(map(encode_alone, shares) if workers == 1 else pool.map(encode_alone, shares))
         start = time.perf_counter()
         prepare.prepare(audio / "manifest.jsonl", Path(folder, "data"))
         whole = time.perf_counter() - start
@@ -318,10 +316,10 @@ def encode_alone(share):
     """Seconds that a worker takes."""
     codec, wavs = share
     wavs = [torch.from_numpy(wav) for wav in wavs]
-    encode_many(codec, wavs[:1])
+    encode_long(codec, wavs[0])
     start = time.perf_counter()
     for wav in wavs:
-        encode_many(codec, [wav])
+        encode_long(codec, wav)
     return time.perf_counter() - start
 
 
