@@ -51,7 +51,8 @@ OPTIONS = ("cfg", "cfg_beta", "temperature", "top_k", "top_p")  # that a run's s
 PEAK = 10 ** (-1 / 20)  # no sample is louder than -1 dB of full scale, as lossy coding adds some tenths
 
 
-def parse_arguments():
+def parse_arguments(words=None):
+    """The options of the command line, or of `words` instead."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a best.pt, or any other checkpoint of a run")
     parser.add_argument("captions", nargs="*", default=[], help="what to play; none, or an empty one: unconditional")
@@ -89,7 +90,7 @@ def parse_arguments():
     parser.add_argument("--compile", action="store_true", help="compile first, half a minute or less: worth it for long"
                         " music, or for much of it")  # fmt: skip
     parser.add_argument("--codec_weights", help="file, where the codec's own are elsewhere than in training")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(words)
 
 
 def check_arguments(args):
@@ -138,6 +139,19 @@ def ask_for_captions():
 
 
 # ---------------------------------------------------------------------------------------------- what is asked for
+
+
+def load(args):
+    """-> (the checkpoint's model, ready to generate, its Settings, its codec), on the device that is asked for."""
+    device, dtype = common.pick_device(args.device, args.dtype)
+    model, s, description = load_model(args.checkpoint, device)
+    optimize(model, dtype, args.compile)
+    if device.type == "cpu" and s.dim <= 256:  # whose steps gain nothing from a second thread, and on a busy machine
+        torch.set_num_threads(1)  # would wait for it at each of some hundred operations
+    codec = load_codec(description["name"], s.codec_weights if args.codec_weights is None else args.codec_weights)
+    if codec.id != description["id"]:
+        raise UserError(f"{args.checkpoint} was trained on codec {description['id']}, and the one found is {codec.id}")
+    return model, s, codec.to(device)
 
 
 def generation_options(args, model, s, codec):
@@ -213,6 +227,16 @@ def style_condition(args, model, s, codec):
     return codes[:, first:][:, :most], args.style_codebooks
 
 
+def other_conditions(args, model, s, codec):
+    """{name: condition} of those besides the text that are asked for."""
+    others = {}
+    if args.melody:
+        others["melody"] = melody_condition(args, model, s, codec)
+    if args.style:
+        others["style"] = style_condition(args, model, s, codec)
+    return others
+
+
 def say_what_is_heard(captions, embedder, others):
     """Says which captions the model does not hear, or not to their end, and which words it never met in training."""
     for caption in dict.fromkeys(captions):
@@ -256,12 +280,17 @@ def write_sample(path, wav, codec, args, about):
     tqdm.write(f"wrote {path}", file=sys.stdout)
 
 
+def to_pcm(wav):
+    """wav [channels, samples] -> interleaved signed 16-bit little-endian samples, an array [samples, channels]."""
+    return (32767 * wav.clamp(-1, 1)).round().T.cpu().numpy().astype("<i2")
+
+
 def play(codec, parts):
-    """Codes [1, K, n], as they come, to stdout as interleaved signed 16-bit little-endian samples."""
+    """Codes [1, K, n], as they come, to stdout as raw samples."""
     started, waited, samples = time.monotonic(), 0.0, 0
     try:
         for wav in decode_stream(codec, parts):
-            pcm = (32767 * wav[0].clamp(-1, 1)).round().T.cpu().numpy().astype("<i2")
+            pcm = to_pcm(wav[0])
             writing = time.monotonic()
             if not samples:
                 print(f"first audio after {writing - started:.2f} s", flush=True)
@@ -282,21 +311,9 @@ def main():
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a caption's letters
     if args.stream:
         sys.stdout = sys.stderr  # stdout is for the music
-    device, dtype = common.pick_device(args.device, args.dtype)
-    model, s, description = load_model(args.checkpoint, device)
-    optimize(model, dtype, args.compile)
-    if device.type == "cpu" and s.dim <= 256:  # whose steps gain nothing from a second thread, and on a busy machine
-        torch.set_num_threads(1)  # would wait for it at each of some hundred operations
-    codec = load_codec(description["name"], s.codec_weights if args.codec_weights is None else args.codec_weights)
-    if codec.id != description["id"]:
-        raise UserError(f"{args.checkpoint} was trained on codec {description['id']}, and the one found is {codec.id}")
-    codec.to(device)
+    model, s, codec = load(args)
     options = generation_options(args, model, s, codec)
-    others = {}
-    if args.melody:
-        others["melody"] = melody_condition(args, model, s, codec)
-    if args.style:
-        others["style"] = style_condition(args, model, s, codec)
+    others = other_conditions(args, model, s, codec)
     if args.stream:
         say_what_is_heard(args.captions, model.conditioner.text, others)
         conditions = [{"text": args.captions[0], **others}]

@@ -24,9 +24,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import config  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
+from codec import load_codec  # noqa: E402
 from demo import corpus as demo_corpus  # noqa: E402
+from model import MusicLM  # noqa: E402
 
 hypothesis.settings.register_profile("usual", max_examples=25, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("long", max_examples=1000, deadline=None, database=None)
@@ -182,6 +185,27 @@ def toy_run(dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "toy"
     output = finish(start("train.py", *TOY, f"--data={dataset}", f"--out={out}"))
     return out, output
+
+
+@pytest.fixture(scope="session")
+def of_all_conditions(toy_run, tmp_path_factory):
+    """A best.pt of the toy's sizes, untrained but for its style quantiser, that takes text, melody and style."""
+    saved = load(toy_run[0] / "best.pt")
+    saved["settings"] |= dict(
+        melody=True, style=True, style_dim=32, style_heads=2, style_bins=16, style_seconds=(0.5, 1.0)
+    )
+    torch.manual_seed(0)
+    model = MusicLM(config.Settings(**saved["settings"]), saved["codec"], saved["tokenizer"])
+    style = model.conditioner.prepended["style"]
+    style.set_codec(load_codec("tiny"))
+    for _ in range(10):
+        style(*style.prepare([(torch.randint(512, (4, 50)), None) for _ in range(4)]))
+        style.vq.update()
+    with torch.no_grad():
+        model.heads.weight.mul_(20)
+    path = tmp_path_factory.mktemp("conditions") / "all.pt"
+    torch.save({**saved, "ema": model.state_dict()}, path)
+    return path
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
+import urllib.request
 
 import pytest
 import torch
@@ -133,6 +135,12 @@ def run(line, home):
     program, args, ranks = parsed(line, home)
     if program == "patterns.py":
         assert "codebook 4" in finish(start("patterns.py", cwd=home))
+    elif program == "tools.play":
+        process = start("-m", program, *args, "--port", 0, cwd=home)
+        address = process.stdout.readline().removeprefix("open ").strip()
+        assert "nanoMusicGen" in urllib.request.urlopen(address).read().decode()
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in finish(process, status=130)
     else:
         Ranks(*args, ranks=ranks, main=MODULES[program].main, cwd=home, before=skip_ceilings).finish()
 

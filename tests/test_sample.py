@@ -13,10 +13,7 @@ import soundfile
 import torch
 from conftest import ROOT, finish, start
 
-import config
 import sample
-from codec import load_codec
-from model import MusicLM
 
 
 @pytest.fixture
@@ -231,27 +228,6 @@ def test_a_player_that_is_closed_ends_the_stream_quietly(toy_run):
     said = process.stderr.read().decode()
     assert process.wait(timeout=60) == 0 and "the player has gone" in said
     assert "Traceback" not in said and "Exception" not in said
-
-
-@pytest.fixture
-def of_all_conditions(toy_run, tmp_path):
-    """A best.pt of the toy's sizes, untrained but for its style quantiser, that takes text, melody and style."""
-    saved = torch.load(toy_run[0] / "best.pt", weights_only=True)
-    saved["settings"] |= dict(
-        melody=True, style=True, style_dim=32, style_heads=2, style_bins=16, style_seconds=(0.5, 1.0)
-    )
-    torch.manual_seed(0)
-    model = MusicLM(config.Settings(**saved["settings"]), saved["codec"], saved["tokenizer"])
-    style = model.conditioner.prepended["style"]
-    style.set_codec(load_codec("tiny"))
-    for _ in range(10):
-        style(*style.prepare([(torch.randint(512, (4, 50)), None) for _ in range(4)]))
-        style.vq.update()
-    with torch.no_grad():
-        model.heads.weight.mul_(20)
-    path = tmp_path / "all.pt"
-    torch.save({**saved, "ema": model.state_dict()}, path)
-    return path
 
 
 def audio(path, seconds, hertz=220.0, rate=16_000, gain=0.3):
