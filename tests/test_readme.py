@@ -93,7 +93,7 @@ def parsed(line, home):
         args += ["--duration", "2"]
     if program == "tools.bench":
         args += "--size tiny --train_batch 1 --train_frames 20 --generate_batch 1 --generate_frames 8".split()
-        args += "--dtype float32 --repeats 1 --clips 6 --seconds 0.2".split()
+        args += "--dtype float32 --repeats 1 --clips 6 --seconds 0.2 --tracks 40".split()
         args = [word for word in args if word not in ("--compile", "--peers", "--gpu")]
         args += [] if "--work" in args else ["--work", "train,generate"]
     if program == "demo.corpus":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TOY as SMALL
+from models import PIANO, make_model
 
 import config
 import data
@@ -197,6 +198,26 @@ def test_a_picture_of_how_fast_models_learn(tmp_path, command):
         assert status == 0 and (tmp_path / "learn.png").stat().st_size > 5000
     else:
         assert status == 2 and "needs matplotlib; pip install pillow matplotlib" in output
+
+
+def test_pictures_of_the_patterns_and_of_the_inside_of_a_model(toy_run, tmp_path, command):
+    pytest.importorskip("matplotlib")
+    for what in ("patterns", toy_run[0] / "best.pt"):
+        status, output = command(figures, what, tmp_path / "a.png")
+        assert status == 0 and (tmp_path / "a.png").stat().st_size > 5000, output
+
+
+def test_the_attention_that_is_drawn_is_that_of_the_blocks(monkeypatch):
+    """Its weights, put on the values, give what each block's cross-attention gives."""
+    model, codes = make_model(layers=1, heads=1), torch.randint(64, (1, 4, 9))
+    inputs, outputs = model.conditioner.prepare([PIANO]), []
+    hook = model.blocks[0].cross_out.register_forward_hook(lambda part, given, out: outputs.append(given[0]))
+    weights, _ = figures.cross_attention(model, codes, inputs)
+    hook.remove()
+    states, _, _ = model.conditioner(inputs)
+    _, values = model.blocks[0].cross_kv(states)[0].chunk(2, dim=1)
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
+    torch.testing.assert_close(weights @ values, outputs[0][0])
 
 
 def test_a_picture_of_the_epochs(toy_run, tmp_path, command):

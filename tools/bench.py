@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ SIZES = {
     "small": dict(dim=1024, heads=16, layers=24),
     "medium": dict(dim=1536, heads=24, layers=48),
 }
-WORK = ("train", "run", "generate", "prepare", "start", "learn")
+WORK = ("train", "run", "generate", "prepare", "start", "learn", "scale")
 K, FRAME_RATE, CFG, TOP_K = 4, 50, 3.0, 250
 CONDITIONS = {"text": "a slow piano melody in a minor key, with drums"}
 ON_GPU = (  # each in a process of its own, so that the memory is its own
@@ -323,6 +324,33 @@ def encode_alone(share):
     return time.perf_counter() - start
 
 
+def bench_scale(args):
+    """What grows with the data set and the model: opening `--tracks` tracks, drawing an item; a checkpoint."""
+    print(f"\nscale: {args.tracks:,} tracks, a model of size {args.size}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_data(Path(folder), 100, args.tracks)
+        before, start = resident(), time.perf_counter()
+        tokens = data.Tokens(folder, "train")
+        print(f"  opened in {time.perf_counter() - start:.1f} s and {(resident() - before) / 2**20:,.0f} MiB")
+        steps, start = data.TrainingSteps(tokens, lambda texts: {}, 100, Settings(batch_size=192)), time.perf_counter()
+        for step in range(10):
+            steps[step]
+        print(f"  an item drawn in {(time.perf_counter() - start) / 1.92:.2f} ms")
+        model, path = make_model(args, 250, "cpu")[0], Path(folder, "last.pt")
+        weights, start = model.state_dict(), time.perf_counter()
+        moments = {name: dict(exp_avg=weight, exp_avg_sq=weight) for name, weight in weights.items()}
+        common.save_checkpoint(path, "last", model=weights, ema=deepcopy(weights), optimizer=deepcopy(moments))
+        size, wrote, start = path.stat().st_size / 1e9, time.perf_counter() - start, time.perf_counter()
+        common.set_state(model, common.load_checkpoint(path)["model"])
+        print(f"  a checkpoint of {size:.2f} GB written in {wrote:.1f} s, its weights read in"
+              f" {time.perf_counter() - start:.1f} s")  # fmt: skip
+
+
+def resident():
+    """Bytes of memory that this process holds; Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def bench_start_up(args):
     """From the shell to the end of --help: Python, torch and every module."""
     here = dict(cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL, check=True)
@@ -356,6 +384,7 @@ def make_parser():
     parser.add_argument("--peers", nargs="?", default="", const=",".join(peers.NAMES), help="beside transformers and"
                         " audiocraft, where installed, or the one named: all are in memory together")  # fmt: skip
     parser.add_argument("--clips", type=int, default=1500, help="of the demo, to prepare (default 1500)")
+    parser.add_argument("--tracks", type=int, default=400_000, help="of --work scale (default 400,000)")
     parser.add_argument("--seconds", type=float, default=300, help="to learn for, of each (default 300)")
     parser.add_argument("--repeats", type=int, default=5, help="of each, in turn (default 5)")
     parser.add_argument("--gpu", action="store_true", help=f"instead of all that: {'; '.join(ON_GPU)}")
@@ -394,6 +423,8 @@ def main():
             bench_generation(args, B, device, dtype, copy)
     if "prepare" in args.work:
         bench_prepare(args)
+    if "scale" in args.work:
+        bench_scale(args)
     if "start" in args.work:
         bench_start_up(args)
 

@@ -1,7 +1,9 @@
-"""The pictures of the docs: how a run learns to play, and how fast models learn.
+"""The pictures of the docs, which need Pillow and matplotlib.
 
-python -m tools.figures out/demo docs/epochs.png --clip 1      # one caption's samples, epoch by epoch; needs Pillow
-python -m tools.figures out/learn.json docs/learn.png          # what tools/learn.py has found; needs matplotlib
+python -m tools.figures out/demo docs/epochs.png --clip 1      # one caption's samples, epoch by epoch
+python -m tools.figures out/learn.json docs/learn.png          # what tools/learn.py has found
+python -m tools.figures patterns docs/grids.png                # how codebooks are interleaved
+python -m tools.figures out/demo/best.pt docs/inside.png       # which words a model hears when, and how sure it is
 """
 
 import argparse
@@ -9,11 +11,14 @@ import json
 from pathlib import Path
 
 import soundfile
+import torch
 
 import common
 from codec import draw_spectrogram
 from common import UserError, first_line
+from generate import generate, load_model
 from log import read_log
+from patterns import make_pattern
 
 WIDTH, HEIGHT, LABEL = 800, 130, 18  # pixels
 
@@ -51,21 +56,89 @@ def draw_epochs(run, picture, number):
     sheet.save(picture, optimize=True)
 
 
+def draw_grids(picture, K=4, T=8):
+    """The sequences of K codebooks and T frames, a column for each step: the frame that each codebook has there."""
+    from matplotlib import pyplot
+
+    figure, plots = pyplot.subplots(3, 1, figsize=(9, 5), layout="constrained")
+    for plot, name in zip(plots, ("parallel", "delay", "unrolled")):
+        pattern = make_pattern(name, K, T)
+        frames = pattern.build(torch.arange(T).expand(1, K, T), special=-1)[0]
+        plot.imshow(frames.float().masked_fill(frames < 0, torch.nan), cmap="viridis", aspect="auto", vmin=-2)
+        for k, row in enumerate(frames.tolist()):
+            for step, frame in enumerate(row):
+                plot.text(step, k, frame if frame >= 0 else "·", ha="center", va="center", fontsize=7,
+                          color="white" if 0 <= frame < T / 2 else "black")  # fmt: skip
+        plot.set(title=f"{name}: {pattern.S} steps", yticks=range(K), yticklabels=[f"q{k + 1}" for k in range(K)])
+    plots[-1].set(xlabel="sequence step; the number is the frame, · the special token")
+    figure.savefig(picture, dpi=100)
+
+
+def cross_attention(model, codes, inputs):
+    """How much each step attends to each token of the text: the mean over blocks and heads, [S, L] of one item."""
+    seen, hooks = [], []
+    for block in model.blocks:
+        for part in (block.cross_q, block.cross_kv):
+            hooks.append(part.register_forward_hook(lambda part, given, out: seen.append(out)))
+    logits = model.aligned_logits(codes, inputs)
+    for hook in hooks:
+        hook.remove()
+    weights = []
+    for block, q, kv in zip(model.blocks, seen[::2], seen[1::2]):
+        (q,), (k, _) = block.split(q, 1), block.split(kv, 2)
+        weights.append((q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3).mean(1)[0])
+    return torch.stack(weights).mean(0), logits
+
+
+@torch.no_grad()
+def draw_inside(checkpoint, picture, caption):
+    """What one item's own music makes of a model: its attention to the caption, and the entropy of what comes next."""
+    from matplotlib import pyplot
+
+    model, _, _ = load_model(checkpoint)
+    codes, inputs = (
+        generate(model, [{"text": caption}], model.trained_frames),
+        model.conditioner.prepare([{"text": caption}]),
+    )
+    attention, logits = cross_attention(model, codes, inputs)
+    tokens = model.conditioner.text.tokenizer.encode(caption, out_type=str)
+    seconds = codes.shape[2] / model.frame_rate
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 5.5), sharex=True, layout="constrained")
+    above.imshow(attention[-codes.shape[2] :, : len(tokens)].T, aspect="auto", cmap="magma",
+                 extent=(0, seconds, len(tokens) - 0.5, -0.5))  # fmt: skip
+    above.set(yticks=range(len(tokens)), yticklabels=[token.replace("\u2581", " ") for token in tokens],
+              title="attention to the tokens of the caption, mean of blocks and heads")  # fmt: skip
+    log_p = logits[0].log_softmax(2)
+    entropy = -(log_p.exp() * log_p).sum(2)
+    for k, line in enumerate(entropy):
+        known = line[~line.isnan()]
+        below.plot(torch.arange(len(line)) / model.frame_rate, line, label=f"q{k + 1}: {known.mean():.2f}", lw=0.9)
+    below.set(xlabel="seconds", ylabel="nats", title="entropy of the next code, by codebook")
+    below.legend(ncols=len(entropy), loc="upper center", fontsize=8)
+    below.set_ylim(top=1.25 * float(entropy.nan_to_num().max()))
+    figure.savefig(picture, dpi=100)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder, or learn.json")
+    parser.add_argument("what", type=Path, help="a run's folder, its best.pt, learn.json, or: patterns")
     parser.add_argument("picture", type=Path, help="the PNG to write")
     parser.add_argument("--clip", type=int, default=0, help="which of its samples, from 0")
+    parser.add_argument("--caption", default="a slow piano melody in a minor key, with drums", help="for best.pt")
     args = parser.parse_args()
     try:
-        if args.run.suffix == ".json":
-            draw_learning(json.loads(args.run.read_text()), args.picture)
+        if str(args.what) == "patterns":
+            draw_grids(args.picture)
+        elif args.what.suffix == ".json":
+            draw_learning(json.loads(args.what.read_text()), args.picture)
+        elif args.what.suffix == ".pt":
+            draw_inside(args.what, args.picture, args.caption)
         else:
-            draw_epochs(args.run, args.picture, args.clip)
+            draw_epochs(args.what, args.picture, args.clip)
     except ImportError as error:
         raise UserError(f"tools.figures: needs {error.name}; pip install pillow matplotlib") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{args.run}: cannot be drawn ({first_line(error)})") from None
+        raise UserError(f"{args.what}: cannot be drawn ({first_line(error)})") from None
     print(f"wrote {args.picture}")
 
 
