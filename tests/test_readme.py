@@ -1,6 +1,7 @@
 """Every command of the README and the docs runs, at toy size and in a folder of its own."""
 
 import concurrent.futures
+import importlib.util
 import re
 import runpy
 import shlex
@@ -18,12 +19,12 @@ import sample
 import train
 from codec import EncodecModel, ResidualVectorQuantizer, SEANetDecoder, SEANetEncoder
 from demo import corpus, train_tiny
-from tools import bench, convert, estimate, report
+from tools import bench, convert, estimate, figures, report
 
 MODULES = {
     "train.py": train, "sample.py": sample, "metrics.py": metrics, "prepare.py": prepare, "tools.bench": bench,
     "tools.convert": convert, "tools.estimate": estimate, "tools.report": report, "demo.corpus": corpus,
-    "demo.train_tiny": train_tiny,
+    "demo.train_tiny": train_tiny, "tools.figures": figures,
 }  # fmt: skip
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +54,7 @@ def home(tmp_path_factory, request, dataset, toy_run):
     for path in ROOT.iterdir():
         if path.suffix == ".py" or path.name in ("config", "demo", "tools"):
             (folder / path.name).symlink_to(path)
+    (folder / "docs").mkdir()
     for name in ("demo", "mine", "music"):
         shutil.copytree(dataset, folder / "data" / name)
     shutil.copytree(toy_run[0], folder / "out" / "demo")
@@ -141,7 +143,7 @@ def run(line, home):
         assert "nanoMusicGen" in urllib.request.urlopen(address).read().decode()
         process.send_signal(signal.SIGINT)
         assert "Traceback" not in finish(process, status=130)
-    else:
+    elif program != "tools.figures" or importlib.util.find_spec("matplotlib"):
         Ranks(*args, ranks=ranks, main=MODULES[program].main, cwd=home, before=skip_ceilings).finish()
 
 
