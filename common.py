@@ -37,7 +37,7 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
-def run(main):
+def run(main, when_memory_is_out="ask for less at once"):
     """Calls a program's main. Bad input ends it with one line and status 2, ctrl-C with status 130."""
     try:
         return main()
@@ -49,6 +49,10 @@ def run(main):
         message, status = f"error: {error}", 2
     except OSError as error:  # a full disk, a folder that may not be written ...
         message, status = f"error: {error.filename or 'a file'}: {error.strerror or first_line(error)}", 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        message, status = f"error: out of memory ({first_line(error)}); {when_memory_is_out}", 2
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         time.sleep(3)  # a mistake that all ranks find is printed once: rank 0 ends, and torchrun then ends the others
     if message:

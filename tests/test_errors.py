@@ -96,6 +96,13 @@ def test_nothing_to_compile_with(command, dataset, tmp_path, monkeypatch):
     refused(command(train, *args), "compile: needs g++ or clang++", "--compile=never")
 
 
+def test_more_memory_than_there_is(dataset, tmp_path):
+    """The real allocator of a CPU; a GPU's error, torch.OutOfMemoryError, takes the same way."""
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", f"--dim={2**22}"]
+    output = finish(start("train.py", *args), status=2)
+    refused((2, output), "out of memory (", "lower --micro_batch", "python -m tools.estimate with the same settings")
+
+
 def test_weights_for_another_number_of_codebooks(command, dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--codebook_weights=1,2,3"]
     refused(command(train, *args), "codebook_weights: 3 of them, and the codec has 4 codebooks")
