@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,9 @@ def run(main, when_memory_is_out="ask for less at once"):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        message, status = f"error: out of memory ({first_line(error)}); {when_memory_is_out}", 2
+        asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        what = asked[0].lower() if asked else first_line(error)
+        message, status = f"error: out of memory ({what}); {when_memory_is_out}", 2
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         time.sleep(3)  # a mistake that all ranks find is printed once: rank 0 ends, and torchrun then ends the others
     if message:
