@@ -327,5 +327,5 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main, "lower --micro_batch, or set --activation_checkpointing=True, --parallel=fsdp; what each part needs"
-               " is shown by python -m tools.estimate with the same settings")  # fmt: skip
+    common.run(main, "lower --micro_batch, or set --activation_checkpointing=True, --parallel=fsdp; what each part"
+               " needs is shown by python -m tools.estimate with the same settings")  # fmt: skip
