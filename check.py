@@ -57,15 +57,15 @@ def print_padding(tokens):
 def print_captions(tracks, tokenizer):
     """What a model hears of the texts: how many tracks have which, their tokens, how many are cut or spelled out."""
     texts = [caption for track in tracks for caption in captions_of(track) if caption]
-    untitled = [track for track in tracks if not track["caption"]]
-    print(f"text: {len(tracks) - len(untitled)} of {len(tracks)} tracks have captions", end="")
-    if untitled:
-        keys = Counter(key for track in untitled for key in track["metadata"])
-        measured = Counter(key for track in untitled for key in track.get("measured", ()))
+    uncaptioned = [track for track in tracks if not track["caption"]]
+    print(f"text: {len(tracks) - len(uncaptioned)} of {len(tracks)} tracks have captions", end="")
+    if uncaptioned:
+        keys = Counter(key for track in uncaptioned for key in track["metadata"])
+        measured = Counter(key for track in uncaptioned for key in track.get("measured", ()))
         names = (f"{key} {n}" + f" ({measured[key]} measured)" * (key in measured) for key, n in keys.most_common(12))
         print(f"; of the others this is heard: {', '.join(names) or 'nothing'}", end="")
     print()
-    texts += [text_of(track) for track in untitled if track["metadata"]]
+    texts += [text_of(track) for track in uncaptioned if track["metadata"]]
     if not texts:
         return
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
@@ -89,8 +89,11 @@ def is_spelled(piece):
 
 def print_sound(splits):
     """Levels, clipping and silence."""
-    tracks = [track for tokens in splits.values() for track in tokens.tracks]
-    silent = np.mean([(notes == SILENCE).mean() for tokens in splits.values() for notes in tokens.melodies])
+    tracks = [track for tokens in splits.values() for track in tokens.tracks if "level" in track]
+    if not tracks:
+        return  # of a data set as it was prepared before levels were
+    melodies = [notes for tokens in splits.values() for notes in tokens.melodies]
+    silent = sum(int((notes == SILENCE).sum()) for notes in melodies) / sum(map(len, melodies))
     low, middle, high = np.percentile([track["level"] for track in tracks], (5, 50, 95))
     print(f"sound: level {middle:.0f} dB (5 % below {low:.0f}, 5 % above {high:.0f}); {100 * silent:.1f} % silence")
     if silent > 0.1:

@@ -66,29 +66,49 @@ def end_with(parent):
 
 
 def encode_track(job):
-    """Listens to one track, unless data/encoded/ has it -> what is known of it but its codes, or why it is left out."""
+    """Listens to one track, unless data/encoded/ has it -> what is known of it but its codes, or why it is left out.
+
+    An error in writing is none of the track's, and ends the run.
+    """
     path, melody_from, folder, wanted_tags = job
     if Path(path).suffix.lower() in OTHER_SUFFIXES:
         return f"{Path(path).suffix} is read by no library here; convert it to flac or wav"
     try:
         name = "-".join(sha256(file) for file in dict.fromkeys((path, melody_from)))
         file = Path(folder, name[:2], f"{name}.npz")
-        try:
-            about = read_encoded(file, without=("codes", "melody"))
-        except UserError:
-            about = listen(path, codec)
-            chroma = about.pop("chroma") if melody_from == path else chroma_of(melody_from, codec)
-            codes, notes = about["codes"].T.numpy().astype(np.uint16), np.append(strongest(chroma), SILENCE)
-            at = ((np.arange(len(codes)) + 0.5) * CHROMA_RATE / codec.frame_rate).astype(int)
-            about |= dict(codes=codes, melody=notes[at.clip(max=len(notes) - 1)].astype(np.uint8), frames=len(codes))
-            content = io.BytesIO()
-            np.savez(content, **about)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            common.write_file(file, content.getvalue())
+        about = find_encoded(file)
+        heard = {} if about else hear(path, melody_from)
     except UserError as error:
         return str(error)
-    about = {key: value for key, value in about.items() if np.ndim(value) == 0}
+    if heard:
+        content = io.BytesIO()
+        np.savez(content, **heard)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            common.write_file(file, content.getvalue())
+        except UserError:  # of two files with one content, another worker may have renamed what this one wrote
+            if not find_encoded(file):
+                raise
+        about = find_encoded(file)
     return dict(**about, file=str(file), tags=read_tags(path, wanted_tags))
+
+
+def hear(path, melody_from):
+    """A track, and the file whose melody is its own -> what `listen` finds, with codes [T, K] and melody [T]."""
+    found = listen(path, codec)
+    chroma = found.pop("chroma") if melody_from == path else chroma_of(melody_from, codec)
+    codes, notes = found["codes"].T.numpy().astype(np.uint16), np.append(strongest(chroma), SILENCE)
+    at = ((np.arange(len(codes)) + 0.5) * CHROMA_RATE / codec.frame_rate).astype(int)
+    melody = notes[at.clip(max=len(notes) - 1)].astype(np.uint8)
+    return {**found, "codes": codes, "melody": melody, "frames": len(codes)}
+
+
+def find_encoded(file):
+    """What is known of a track that is encoded, but its codes and melody; None where it is not, or is damaged."""
+    try:
+        return read_encoded(file, without=("codes", "melody"))
+    except UserError:
+        return None
 
 
 def sha256(path):
@@ -127,11 +147,12 @@ def encode_all(jobs, codec_name, codec_weights, workers):
             for about in pool.map(encode_track, mine, chunksize=4) if workers > 1 else map(encode_track, mine):
                 found.append(about)
                 bar.update()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError("a worker died, maybe for want of memory; nothing is lost: run it again with fewer"
-                            f" --workers than {workers}") from None  # fmt: skip
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+        except BaseException as error:
+            if workers > 1:
+                pool.shutdown(cancel_futures=True)  # else what is left would be encoded first
+            if isinstance(error, concurrent.futures.BrokenExecutor):
+                raise UserError("a worker died, maybe for want of memory; nothing is lost: run it again with fewer"
+                                f" --workers than {workers}") from None  # fmt: skip
             raise
     shares = common.gather(found)
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(jobs))]

@@ -451,6 +451,28 @@ def test_the_report_names_what_will_be_heard_and_its_remedy(tmp_path, capsys):
     assert check.check(tmp_path / "out") == (" is the same music as " in capsys.readouterr().out)
 
 
+def test_a_full_disk_is_no_fault_of_a_track(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "write_file", lambda path, content: full(path))
+    with pytest.raises(UserError, match="npz: cannot be written"):
+        prepare.prepare(folder_of(tmp_path), tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+def full(path):
+    raise UserError(f"{path}: cannot be written (No space left on device)")
+
+
+def test_ctrl_c_ends_it_and_what_is_encoded_stays(corpus, tmp_path):
+    for workers in (1, 2):
+        encoded = tmp_path / str(workers)
+        args = (corpus / "manifest.jsonl", "--out", encoded / "out", "--workers", workers)
+        run = Ranks(*args, ranks=1, main=prepare.main)
+        while not any(encoded.glob("encoded/*/*/*.npz")):
+            assert run.processes[0].is_alive(), run.output()
+        run.send(signal.SIGINT)
+        assert "interrupted" in run.finish(status=130) and not (encoded / "out").exists()
+
+
 def test_a_worker_that_dies_is_said_and_nothing_is_lost(tmp_path):
     music = folder_of(tmp_path)
     args = (music, "--out", tmp_path / "out", "--workers", 2)
