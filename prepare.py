@@ -51,11 +51,14 @@ DEFAULT_TAGS = ("genre", "title", "mood", "bpm", "key", "comment")
 # -------------------------------------------------------------------------------------------------------- encoding
 
 
-def start_worker(codec_name, weights, device):
+def start_worker(*how):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    get_ready(*how)
+
+
+def get_ready(codec_name, weights, device):
     global codec
-    if parent := multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)  # as many workers as cores, each on its own, are three times as fast as all on one file
     codec = load_codec(codec_name, weights).to(device)
 
@@ -140,7 +143,7 @@ def encode_all(jobs, codec_name, codec_weights, workers):
         spawn = multiprocessing.get_context("spawn")
         pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, start_worker, how)
     else:
-        start_worker(*how)
+        get_ready(*how)
     bar = tqdm(total=len(mine), desc="encoding", unit="track", file=sys.stdout, mininterval=1)
     with pool, bar:
         try:
