@@ -1,6 +1,7 @@
 """The pictures of the docs, which need Pillow and matplotlib.
 
 python -m tools.figures out/demo docs/epochs.png --clip 1      # one caption's samples, epoch by epoch
+python -m tools.figures out/tempi docs/tempi.png               # what sample.py has made, caption by caption
 python -m tools.figures out/learn.json docs/learn.png          # what tools/learn.py has found
 python -m tools.figures patterns docs/grids.png                # how codebooks are interleaved
 python -m tools.figures out/demo/best.pt docs/inside.png       # which words a model hears when, and how sure it is
@@ -38,18 +39,31 @@ def draw_learning(found, picture):
 
 
 def draw_epochs(run, picture, number):
-    from PIL import Image, ImageDraw
-
     rounds = [line for line in read_log(run / "history.jsonl") if line["stage"] == "generate"]
     if not rounds or number >= len(rounds[0]["clips"]):
         raise UserError(f"{run}: has no samples of a clip {number}; train it with --samples={number + 1}")
     shown = [*rounds[:2], *rounds[2:][-1:]]
     clip = rounds[-1]["clips"][number]
-    rows = [(f"epoch {line['epoch']}: {clip['caption']}", line["clips"][number]["free"]) for line in shown]
-    rows.append(("real music, through the codec", clip["codec"]))
+    rows = [(f"epoch {line['epoch']}: {clip['caption']}", run / line["clips"][number]["free"]) for line in shown]
+    draw_sheet([*rows, ("real music, through the codec", run / clip["codec"])], picture)
+
+
+def draw_samples(folder, picture):
+    abouts = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    if not abouts:
+        raise UserError(
+            f"{folder}: neither a run nor a folder of samples; make some with: sample.py ... --out {folder}"
+        )
+    draw_sheet([(about["caption"], path.with_suffix(".wav")) for path, about in abouts.items()], picture)
+
+
+def draw_sheet(rows, picture):
+    """Spectrograms one below the other; rows: (title, audio file)."""
+    from PIL import Image, ImageDraw
+
     sheet = Image.new("RGB", (WIDTH, len(rows) * (HEIGHT + LABEL)), "white")
     for row, (title, path) in enumerate(rows):
-        draw_spectrogram(run / path, picture, soundfile.info(run / path).samplerate)
+        draw_spectrogram(path, picture, soundfile.info(path).samplerate)
         with Image.open(picture) as spectrogram:
             sheet.paste(spectrogram.resize((WIDTH, HEIGHT)), (0, row * (HEIGHT + LABEL) + LABEL))
         ImageDraw.Draw(sheet).text((4, row * (HEIGHT + LABEL) + 3), title, fill="black")
@@ -121,7 +135,7 @@ def draw_inside(checkpoint, picture, caption):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", type=Path, help="a run's folder, its best.pt, learn.json, or: patterns")
+    parser.add_argument("what", type=Path, help="a run's folder, one of samples, a best.pt, learn.json, or: patterns")
     parser.add_argument("picture", type=Path, help="the PNG to write")
     parser.add_argument("--clip", type=int, default=0, help="which of its samples, from 0")
     parser.add_argument("--caption", default="a slow piano melody in a minor key, with drums", help="for best.pt")
@@ -133,6 +147,8 @@ def main():
             draw_learning(json.loads(args.what.read_text()), args.picture)
         elif args.what.suffix == ".pt":
             draw_inside(args.what, args.picture, args.caption)
+        elif not (args.what / "history.jsonl").exists():
+            draw_samples(args.what, args.picture)
         else:
             draw_epochs(args.what, args.picture, args.clip)
     except ImportError as error:
