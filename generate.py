@@ -113,7 +113,7 @@ def choose_codes(logits, uniform, temperature, top_k, top_p):
         probs = torch.zeros_like(probs).scatter(-1, codes, ranked * (ranked.cumsum(-1) - ranked < top_p))
     elif top_k:
         probs = probs * (logits >= logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True))
-    cumulative = probs.cumsum(-1)  # in the order of the codes, which rounding never changes, as it does that of ranks
+    cumulative = probs.cumsum(-1)  # not sorted: rounding can swap two codes nearly as likely, and with them the draw
     code = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)
     last = (cumulative < cumulative[..., -1:]).sum(-1)
     return torch.minimum(code, last)
@@ -173,9 +173,9 @@ def stream(model, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temper
 
     frames       how many there are in all
     prompt       codes [B, K, T] to go on from, [1, K, T] for all, or B of any lengths, [K, T]; they stay as they are
-    cfg, beta    see `guide`; cfg 1 costs half as much, cfg_beta 1 a third less where text and style are given
+    cfg          see `guide`; cfg 1 costs half as much, cfg_beta 1 a third less where text and style are given
     temperature  0 takes the likeliest code; else it is drawn within top_p if set, else top_k if set, else from all
-    seeds        B integers; a sample depends on its own alone (past the trained length, on the shortest prompt too)
+    seeds        B integers; a sample depends on its own alone (and on the shortest prompt, where windows begin)
     stride       past the trained length, windows of that length each add so many frames; by default half of it
     """
     B, window, device = len(conditions), model.trained_frames, model.embed.weight.device
@@ -194,7 +194,7 @@ def stream(model, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temper
     groups, beta = condition_groups(conditions, cfg, cfg_beta)
     options = dict(cfg=cfg, beta=beta.to(device), temperature=temperature, top_k=min(top_k, model.card), top_p=top_p)
     while done < frames:
-        first = done - (done if done < window else kept)
+        first = 0 if done < window else done - kept
         last = min(first + window, frames)
         rows = [from_second(first / model.frame_rate, sample) for group in groups for sample in group]
         found = continue_window(model, codes[:, :, first:last], done - first, rows, rngs, **options)
@@ -220,7 +220,7 @@ def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_
     with precision(model):
         states, mask, prefix = model.conditioner(to_device(model.conditioner.prepare(rows), device))
         P, states_mask = prefix.shape[1], mask[:, None, None, :]
-        steps = torch.arange(-(-(P + pattern.S) // 512) * 512, device=device)  # in few sizes
+        steps = torch.arange(-(-(P + pattern.S) // 512) * 512, device=device)  # rounded up, so that few shapes occur
         caches = [KVCache(block, states, len(steps)) for block in model.blocks]
         past = sequence[:, :, : first - 1].repeat(len(rows) // len(codes), 1, 1)
         if past.shape[2] + P:
@@ -233,7 +233,7 @@ def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_
         return choose_codes(logits, uniform, temperature, top_k, top_p)
 
     for step in range(first, pattern.S):
-        W = P + step + (P + step) % 2 if device.type == "cpu" else len(steps)  # a GPU prefers one shape
+        W = P + step + (P + step) % 2 if device.type == "cpu" else len(steps)  # few shapes, and for a GPU one
         inputs = sequence[:, :, step - 1], steps[step - 1 : step], steps[:W], uniform[step]
         if step == first and device.type == "cuda":
             next_codes = CUDAGraph(next_codes, *inputs)
@@ -244,5 +244,6 @@ def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_
 
 
 def precision(model):
+    """The context in which products are made in the type of the weights that `optimize` has left."""
     device, dtype = model.heads.weight.device.type, model.heads.weight.dtype
     return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False)

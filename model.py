@@ -25,7 +25,10 @@ from patterns import make_pattern
 
 
 def sinusoids(position, dim):
-    """Positions [S] -> [S, dim], cosines first as in MusicGen. Always float32: bfloat16 errs by more than 1."""
+    """Positions [S] -> [S, dim], cosines first as in MusicGen. Always float32.
+
+    In bfloat16 a position such as 1001 would be rounded by more than 1.
+    """
     rate = torch.exp(torch.arange(dim // 2, device=position.device) * (-math.log(10_000) / (dim // 2 - 1)))
     angle = position.float()[:, None] * rate
     return torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
@@ -46,7 +49,7 @@ def rotate(x, rotation):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32 even where FSDP gathers the weights in less, as autocast has it on GPUs; CPUs refuse mixed types."""
+    """Always in float32: FSDP may hand it weights in bfloat16, and a CPU refuses a mix."""
 
     def forward(self, x):
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
@@ -210,7 +213,10 @@ class MusicLM(nn.Module):
         return (self.pattern(len(items), training=True).frame_mask * items).sum(1).float()
 
     def aligned_logits(self, codes, inputs):
-        """Logits in the order of the codes, [B, K, T, card]; NaN where training's cut leaves none. For people."""
+        """Logits in the order of the codes, [B, K, T, card]; NaN where training's cut leaves none.
+
+        For tests and pictures; training does without.
+        """
         pattern = self.pattern(codes.shape[2], training=True)
         hidden = self.hidden(pattern.build(codes, self.special), *self.conditioner(inputs))
         return pattern.align_logits(self.logits(hidden).transpose(1, 2))

@@ -70,7 +70,7 @@ class Pattern:
 
     def build(self, codes, special):
         """codes [B, K, T] -> sequence [B, K, S], `special` where no code stands. One scatter."""
-        sequence = codes.new_full((len(codes), self.K, self.S + 1), special)  # what is cut off goes to the last step
+        sequence = codes.new_full((len(codes), self.K, self.S + 1), special)  # the last column takes what is cut off
         return sequence.scatter(2, self.step.clamp(max=self.S).expand_as(codes), codes)[:, :, : self.S]
 
     def revert(self, sequence, special):

@@ -222,7 +222,8 @@ def main():
     resumed_at, stopping, skipped_in_a_row, since = step, False, 0, Since()
 
     while True:
-        # 1. Checkpoint, valid, best, evaluate, generate: at the top, as a resumed run does again what a kill cut off
+        # 1. Checkpoint, valid, best, evaluate, generate: at the top, as a resumed run does again what a kill cut off.
+        #    To commit is to log that all are done; gain is ce without conditions less ce with them
         epoch, ends_epoch = math.ceil(step / s.epoch), step % s.epoch == 0 or step >= s.steps
         if (ends_epoch or stopping) and step > resumed_at:
             faulthandler.cancel_dump_traceback_later()  # from here to the next step, ranks may wait for rank 0
@@ -267,7 +268,7 @@ def main():
         for number, batch in enumerate(micro_batches, 1):
             with common.without_sync(net, number == len(micro_batches)):
                 with autocast():
-                    ce_sum, _ = net(*batch.to(device))
+                    ce_sum, _ = net(*batch.to(device))  # its own count is not used: the whole batch's is, on all ranks
                 loss = (loss_weights * ce_sum / targets).mean()
                 scaler.scale(loss * world_size).backward()  # DDP and FSDP average the gradients over the ranks
             ce_q += (ce_sum / targets).detach()

@@ -82,7 +82,7 @@ def test_one_change_in_one_place(what, usual, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("solution, options", [
-    ("01_pattern", ["--pattern=pairs"]), ("04_min_p", []), ("05_rescaled_guidance", []),
+    ("01_pattern", ["--pattern=coarse_first"]), ("04_min_p", []), ("05_rescaled_guidance", []),
 ])  # fmt: skip
 def test_a_worked_solution_of_the_exercises_applies_trains_and_samples(solution, options, usual, dataset, tmp_path):
     copy = copy_of_the_repository(tmp_path / "copy")
