@@ -36,7 +36,10 @@ def print_report(folder):
 def print_left_out(folder):
     """By reason, the numbers in it apart, with one example."""
     lines = Path(folder, "skipped.jsonl").read_text(encoding="utf-8").split("\n")
-    skipped, kinds = [json.loads(line) for line in lines if line], {}
+    try:
+        skipped, kinds = [json.loads(line) for line in lines if line], {}
+    except ValueError:
+        return print(f"{Path(folder, 'skipped.jsonl')}: is damaged, so what was left out is not known")
     for entry in skipped:
         reason = entry["reason"].replace(f"{entry['path']}: ", "")
         kinds.setdefault(re.sub(r"[\d.]+", "N", reason), []).append((entry["path"], reason))

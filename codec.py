@@ -318,31 +318,45 @@ def open_audio(path):
 
 
 def mp3_seconds(path):
-    """What the frames of an MP3 add up to (ISO 11172-3, 13818-3): libsndfile goes by its header, which may be wrong."""
+    """What the frames of an MP3 add up to (ISO 11172-3, 13818-3): libsndfile goes by its header, which may be wrong.
+
+    After what is no frame, such as a tag, only two frames in a row are taken for frames: pictures hold such bytes too.
+    """
     with open(path, "rb") as file:
-        content, at, seconds = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0, 0.0
+        content, at, seconds, in_sync = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0, 0.0, False
+    if content[:3] == b"ID3":
+        a, b, c, d = content[6:10]  # seven bits of the tag's length each
+        at = 10 + (a << 21 | b << 14 | c << 7 | d)
+    while 0 <= at < len(content) - 3:
+        frame = mp3_frame(content[at : at + 3])
+        if frame and (in_sync or mp3_frame(content[at + frame[1] : at + frame[1] + 3])):
+            seconds, at, in_sync = seconds + frame[0], at + frame[1], True
+        else:
+            at, in_sync = content.find(b"\xff", at + 1), False
+    return seconds
+
+
+def mp3_frame(header):
+    """The first three bytes of an MP3's frame -> (seconds, bytes); None if they are none of one."""
     kbps = {3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
             2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}  # fmt: skip
-    while 0 <= at < len(content) - 3:
-        mark, second, third = content[at : at + 3]
-        version, layer, rate, bitrate = second >> 3 & 3, second >> 1 & 3, third >> 2 & 3, third >> 4
-        if mark != 255 or second < 224 or version == 1 or layer != 1 or rate == 3 or bitrate in (0, 15):
-            at = content.find(b"\xff", at + 1)
-            continue
-        hertz = (44_100, 48_000, 32_000)[rate] >> (2, 0, 1, 0)[version]
-        samples = 1152 if version == 3 else 576
-        seconds += samples / hertz
-        at += samples // 8 * 1000 * kbps[3 if version == 3 else 2][bitrate] // hertz + (third >> 1 & 1)
-    return seconds
+    mark, second, third = header if len(header) == 3 else (0, 0, 0)
+    version, layer, rate, bitrate = second >> 3 & 3, second >> 1 & 3, third >> 2 & 3, third >> 4
+    if mark != 255 or second < 224 or version == 1 or layer != 1 or rate == 3 or bitrate in (0, 15):
+        return None
+    hertz = (44_100, 48_000, 32_000)[rate] >> (2, 0, 1, 0)[version]
+    samples = 1152 if version == 3 else 576
+    length = samples // 8 * 1000 * kbps[3 if version == 3 else 2][bitrate] // hertz + (third >> 1 & 1)
+    return samples / hertz, length
 
 
 def to_channels(wav, channels):
     """wav [samples, any] -> [samples, channels]."""
+    if wav.shape[1] > 2:
+        wav = downmix(wav)
     if channels == 1:
         return wav.mean(1, keepdims=True)
-    if wav.shape[1] == 1:
-        return wav.repeat(channels, 1)
-    return wav if wav.shape[1] == channels else downmix(wav)
+    return wav.repeat(channels, 1) if wav.shape[1] == 1 else wav
 
 
 def downmix(wav):

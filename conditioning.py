@@ -161,7 +161,7 @@ def chromagram(wav, sample_rate):
 def melody_of(wav, sample_rate):
     """wav [samples] -> the strongest pitch class of each chroma frame, uint8 [T'], or SILENCE.
 
-    In pieces of a minute, to bound the memory; chroma frames two hops away do not hear one another.
+    In pieces of a minute, to bound the memory; a chroma frame hears less than two hops on either side of its own.
     """
     hop, notes = sample_rate // CHROMA_RATE, []
     for first in range(0, -(-len(wav) // hop), 60 * CHROMA_RATE):

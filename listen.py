@@ -23,25 +23,29 @@ def own(found, before, rate):
     return found[..., first : first + PIECE * rate]
 
 
-def listen(path, codec):
+def listen(path, codec, spool_folder=None):
     """An audio file -> codes int64 [K, T], chroma [12, T'], and numbers, by name. Needs memory for 30 s of it.
+
+    spool_folder: for a temporary file, where it is longer than a few minutes.
 
     The numbers: seconds; peak; level, dB below a full-scale square wave; clipped, the share of such samples; tempo in
     beats a minute, 0 where there is none; key, an index of KEYS, -1 where there is none.
     """
     rate, channels, samples, energy, peak, clipped = codec.sample_rate, codec.channels, 0, 0.0, 0.0, 0
-    with tempfile.SpooledTemporaryFile(2**27) as spool:  # as the peak is known at the end only
+    with tempfile.SpooledTemporaryFile(2**24, dir=spool_folder) as spool:  # as the peak is known at the end only
         for block in read_blocks(path, rate, channels):
             spool.write(block.numpy().T.tobytes())
             samples, energy = samples + block.shape[1], energy + float(block.double().square().mean(0).sum())
             peak, clipped = max(peak, float(block.abs().max())), clipped + int((block.abs() > CLIPPED).any(0).sum())
-        level = (energy / samples) ** 0.5
+        level, loudest = (energy / samples) ** 0.5, max(1, peak)
         found = {"codes": [], "chroma": [], "onsets": []}
         for before, wav in windows(read_spool(spool, channels, PIECE * rate), PIECE * rate, CONTEXT * rate):
-            wav, before = wav / max(1, peak), before / rate
+            wav, before = wav / loudest, before / rate
             found["codes"].append(own(codec.encode(wav[None])[0], before, codec.frame_rate).cpu())
             found["chroma"].append(own(chromagram(wav.mean(0)[None], rate)[0], before, CHROMA_RATE))
-            found["onsets"].append(own(onset_strength(wav.mean(0) / max(level, 1e-4), rate), before, ONSET_RATE))
+            found["onsets"].append(
+                own(onset_strength(wav.mean(0) * loudest / max(level, 1e-4), rate), before, ONSET_RATE)
+            )
     found = {name: torch.cat(parts, dim=-1) for name, parts in found.items()}
     return dict(codes=found["codes"], chroma=found["chroma"], seconds=samples / rate, peak=peak,
                 level=20 * np.log10(max(level, 1e-6)), clipped=clipped / samples, tempo=tempo_of(found["onsets"]),
@@ -84,7 +88,7 @@ def tempo_of(onsets):
     lags = torch.arange(60 * ONSET_RATE // 240, 60 * ONSET_RATE // 40 + 1)
     octaves = (60 * ONSET_RATE / lags / 120).log2()
     beat = int(lags[(correlation[lags] * (-0.5 * octaves.square()).exp()).argmax()])
-    if correlation[beat] < 0.05 * correlation[0]:
+    if correlation[beat] < 4 / len(onsets) ** 0.5 * correlation[0]:  # noise comes that far by chance
         return 0.0
     beats = 4 if 5 * beat < len(onsets) else 1
     near = torch.arange(beats * beat - beats // 2, beats * beat + beats // 2 + 1)

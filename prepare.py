@@ -6,8 +6,8 @@
 
 Each file is encoded once, into data/encoded/, where its content is its name: captions may change, tracks be added and
 other data sets be made of the same music, and what is there is not encoded again. So a preparation that was stopped
-resumes. Tracks are held out by a hash of their path, so that adding tracks moves none to the other split. What is left
-out is listed in skipped.jsonl with the reason.
+resumes. Tracks are held out by a hash of their path, so that, from some 60 tracks on, adding others moves none to the
+other split. What is left out is listed in skipped.jsonl with the reason.
 
 Letters: K codebooks, T frames.
 """
@@ -21,12 +21,15 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
-import zipfile
+import unicodedata
+import uuid
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from check import check, checksum, print_report
+from check import check, checksum, find_damage, print_report
 from codec import OTHER_SUFFIXES, load_codec
 from common import UserError
 from conditioning import CHROMA_RATE, SILENCE, strongest
@@ -80,25 +83,24 @@ def encode_track(job):
         name = "-".join(sha256(file) for file in dict.fromkeys((path, melody_from)))
         file = Path(folder, name[:2], f"{name}.npz")
         about = find_encoded(file)
-        heard = {} if about else hear(path, melody_from)
+        heard = {} if about else hear(path, melody_from, folder)
     except UserError as error:
         return str(error)
     if heard:
         content = io.BytesIO()
         np.savez(content, **heard)
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            common.write_file(file, content.getvalue())
-        except UserError:  # of two files with one content, another worker may have renamed what this one wrote
-            if not find_encoded(file):
-                raise
-        about = find_encoded(file)
+        temporary = file.with_name(f"{uuid.uuid4().hex}.part")  # two processes may meet files of one content
+        common.write_file(temporary, content.getvalue())
+        temporary.replace(file)
+        about = {key: value for key, value in heard.items() if np.ndim(value) == 0}
     return dict(**about, file=str(file), tags=read_tags(path, wanted_tags))
 
 
-def hear(path, melody_from):
+def hear(path, melody_from, folder):
     """A track, and the file whose melody is its own -> what `listen` finds, with codes [T, K] and melody [T]."""
-    found = listen(path, codec)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = listen(path, codec, folder)
     chroma = found.pop("chroma") if melody_from == path else chroma_of(melody_from, codec)
     codes, notes = found["codes"].T.numpy().astype(np.uint16), np.append(strongest(chroma), SILENCE)
     at = ((np.arange(len(codes)) + 0.5) * CHROMA_RATE / codec.frame_rate).astype(int)
@@ -127,8 +129,12 @@ def read_encoded(file, without=()):
     try:
         with np.load(file) as found:
             arrays = {name: found[name] for name in found.files if name not in without}
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{file}: is damaged ({common.first_line(error)}); remove it and prepare again") from None
+    except FileNotFoundError:
+        raise UserError(f"{file}: is gone; run this again, which encodes it") from None
+    except Exception as error:  # what zipfile and numpy say of damage is of many kinds
+        Path(file).unlink(missing_ok=True)
+        why = common.first_line(error)
+        raise UserError(f"{file}: was damaged, and is removed ({why}); run this again, which encodes it") from None
     return {name: array if array.ndim else array.item() for name, array in arrays.items()}
 
 
@@ -173,11 +179,19 @@ def split_tracks(tracks, valid_fraction):
 
 def train_tokenizer(tracks, vocab_size):
     """SentencePiece (BPE, case folded, byte fallback) on every caption and 'key: value' of the metadata -> bytes."""
+    if vocab_size < 300:
+        raise UserError(f"--vocab_size {vocab_size}: must be 300 or more, of which 256 are bytes")
     sentences = [caption for track in tracks for caption in captions_of(track) if caption]
     sentences += sorted({f"{key}: {value}" for track in tracks for key, value in track["metadata"].items()})
+    folded = [unicodedata.normalize("NFKC", sentence).casefold() for sentence in sentences]
+    letters = Counter("".join(folded))
+    if len(letters) > (most := (vocab_size - 259) // 2):  # the rarest are left to bytes, or no piece would have room
+        kept = {letter for letter, _ in letters.most_common(most)}
+        sentences = ["".join(letter if letter in kept else " " for letter in sentence) for sentence in folded]
+    sentences = [sentence for sentence in sentences if sentence.strip()] or ["music"]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences or ["music"]), model_writer=model, vocab_size=vocab_size,
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size,
         model_type="bpe", normalization_rule_name="nmt_nfkc_cf", byte_fallback=True, hard_vocab_limit=False,
         minloglevel=2, num_threads=1, max_sentence_length=2**30,
     )  # fmt: skip
@@ -186,15 +200,25 @@ def train_tokenizer(tracks, vocab_size):
 
 def describe(track, about):
     """Adds to a track of which nothing is said what its file and folder tell, and what was heard: tempo and key."""
-    folder, tempo, key = folder_of(track["name"]), about["tempo"], about["key"]
+    folder, key, measured = folder_of(track["name"]), about["key"], []
     known = about["tags"] | ({"folder": folder} if folder else {})
-    measured = {}
-    if tempo and "bpm" not in known:
-        pace = "slow" if tempo < 85 else "medium" if tempo < 125 else "fast"
-        measured["tempo"] = f"{pace}, {5 * round(tempo / 5)} bpm"
+    tempo = bpm_of(known.pop("bpm", ""))
+    if not tempo and about["tempo"]:
+        tempo = about["tempo"]
+        measured.append("tempo")
+    if tempo:
+        bpm = 5 * round(tempo / 5)
+        known["tempo"] = f"{'slow' if bpm < 85 else 'medium' if bpm < 125 else 'fast'}, {bpm} bpm"
     if key >= 0 and "key" not in known:
-        measured["key"] = KEYS[key]
-    return {**track, "metadata": known | measured, "measured": list(measured)}
+        known["key"] = KEYS[key]
+        measured.append("key")
+    return {**track, "metadata": known, "measured": measured}
+
+
+def bpm_of(tag):
+    """The beats a minute that a tag names; 0 where it names none."""
+    found = re.fullmatch(r"(\d{2,3})([.,]\d+)?( ?bpm)?", tag.strip().lower())
+    return float(found[1]) if found else 0.0
 
 
 def write_split(folder, split, tracks, arrays, codec):
@@ -229,28 +253,37 @@ def write_split(folder, split, tracks, arrays, codec):
 def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fraction=0.05, min_seconds=1.0,
             captions=True, vocab_size=1000, tags=DEFAULT_TAGS, replace=False, encoded=""):  # fmt: skip
     """Encodes what is not encoded yet, then writes all beside `out` and renames it at the end."""
-    out = Path(out)
-    if workers < 0 or not 0 <= valid_fraction <= 1:
-        raise UserError("--workers must be 0 or above, and --valid_fraction between 0 and 1")
+    out = Path(out).resolve()
+    encoded = Path(encoded or out.parent / "encoded").resolve()
+    if workers < 0 or not 0 <= valid_fraction <= 1 or not min_seconds >= 0:
+        raise UserError("--workers and --min_seconds must be 0 or above, and --valid_fraction between 0 and 1")
+    if out in (encoded, *encoded.parents) or encoded in out.parents:
+        raise UserError(f"--out {out}: and the encoded tracks, {encoded}, must not lie in one another; choose others")
     if unknown := set(tags) - set(TAGS):
         raise UserError(f"--tags: {min(unknown)} is none of {', '.join(TAGS)}")
     codec, tracks = load_codec(codec_name, codec_weights), find_tracks(music)
     contents = [[t["name"], t["melody_from"], captions_of(t), t["metadata"],
-                 os.path.getsize(t["path"]), os.path.getsize(t["melody_from"])] for t in tracks]  # fmt: skip
+                 state_of(t["path"]), state_of(t["melody_from"])] for t in tracks]  # fmt: skip
     digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     request = dict(music=str(Path(music).resolve()), tracks=digest, codec=codec.id, min_seconds=min_seconds,
                    valid_fraction=valid_fraction, captions=captions, vocab_size=vocab_size, tags=[*tags])  # fmt: skip
+    common.refuse_differences(**request)
     is_data_set = (out / "meta.json").exists()
-    if is_data_set and read_meta(out).get("request") == request:
+    if is_data_set and not replace and read_meta(out).get("request") == request and not find_damage(out):
         return print(f"{out} is prepared already")
     if is_data_set and not replace:
         raise UserError(f"{out}: holds other data; add --replace to write it anew (what is encoded is kept), or choose"
                         " another --out")  # fmt: skip
-    if not is_data_set and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already and is no data set; choose another --out")
+    if out.exists() and (not out.is_dir() or (others := [path.name for path in out.iterdir() if not is_ours(path)])):
+        held = f"holds {others[0]}" if out.is_dir() else "is a file"
+        raise UserError(f"{out}: is there already and is no data set alone ({held}); choose another --out")
     train_tokenizer(tracks, vocab_size)  # captions that it cannot take are found now, before hours of encoding
 
-    folder = Path(encoded or out.parent / "encoded", f"{codec.id}-{ENCODING}")
+    work = out.with_name(out.name + ".partial")
+    if common.rank() == 0:
+        work.mkdir(parents=True, exist_ok=True)
+        common.lock(work)
+    folder = encoded / f"{codec.id}-{ENCODING}"
     undescribed = {t["name"] for t in tracks if captions and not t["caption"] and not t["metadata"]}
     jobs = [(t["path"], t["melody_from"], folder, tags if t["name"] in undescribed else ()) for t in tracks]
     kept, skipped, files = [], [], {}
@@ -263,12 +296,28 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         kept.append({**track, **{key: about[key] for key in ("frames", "level", "clipped")}})
         files[track["name"]] = about["file"]
     if len(kept) < 2:
+        shutil.rmtree(work, ignore_errors=True)
         why = f"; the first was left out: {skipped[0]['path']}: {skipped[0]['reason']}" if skipped else ""
         raise UserError(f"{music}: {len(kept)} usable tracks; at least 2 are needed, one to hold out{why}")
     if common.rank() == 0:
-        write_data_set(out, kept, files, skipped, codec, valid_fraction, vocab_size, request)
+        write_data_set(work, out, kept, files, skipped, codec, valid_fraction, vocab_size, request)
         print_report(out)
         print(f"wrote {out}")
+
+
+def state_of(path):
+    """A file's size and time, by which it is taken for the same; of a link that leads nowhere, nothing."""
+    try:
+        return os.stat(path).st_size, os.stat(path).st_mtime_ns
+    except OSError:
+        return None
+
+
+def is_ours(path):
+    """Whether a file in a data set's folder is one that `write_data_set` writes."""
+    return bool(
+        re.fullmatch(r"(train|valid)_\d+.*|counts.npy|tokenizer.model|skipped.jsonl|meta.json|\.\w+", path.name)
+    )
 
 
 def why_left_out(about, min_seconds):
@@ -277,11 +326,11 @@ def why_left_out(about, min_seconds):
     return "silent: no sample above -60 dBFS" if about["peak"] < 1e-3 else ""
 
 
-def write_data_set(out, kept, files, skipped, codec, valid_fraction, vocab_size, request):
+def write_data_set(work, out, kept, files, skipped, codec, valid_fraction, vocab_size, request):
     """The folder `out`, as data.py reads it, in the place of what it was; files: the file of each name's codes."""
-    work, former = out.with_name(out.name + ".partial"), out.with_name(out.name + ".former")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    for path in work.iterdir():
+        if path.name != ".lock":
+            path.unlink()
     held_out = split_tracks(kept, valid_fraction)
     splits = {"train": [track for track in kept if track["name"] not in held_out],
               "valid": [track for track in kept if track["name"] in held_out]}  # fmt: skip
@@ -294,15 +343,14 @@ def write_data_set(out, kept, files, skipped, codec, valid_fraction, vocab_size,
     np.save(work / "counts.npy", counts)
     sizes = {split: dict(tracks=len(chosen), frames=sum(track["frames"] for track in chosen))
              for split, chosen in splits.items()}  # fmt: skip
-    checksums = {path.name: checksum(path) for path in sorted(work.iterdir())}
+    (work / ".lock").unlink(missing_ok=True)
+    checksums = {path.name: checksum(path) for path in sorted(work.iterdir()) if is_ours(path)}
     (work / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped), encoding="utf-8")
     common.write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=codec.describe(), **sizes, request=request,
                                                checksums=checksums))  # fmt: skip
     if out.exists():
-        shutil.rmtree(former, ignore_errors=True)
-        out.rename(former)
+        shutil.rmtree(out)  # a run that trains on it keeps what it has opened
     work.rename(out)
-    shutil.rmtree(former, ignore_errors=True)
 
 
 def main():
@@ -329,11 +377,12 @@ def main():
     if len(args.music) != 1 or not args.out:
         parser.error("give one folder or manifest, and --out; or: check DATA")
     common.join(torch.device("cuda" if torch.cuda.is_available() else "cpu"), timeout=600)
+    tags = [tag for tag in map(str.strip, args.tags.split(",")) if tag]
     prepare(args.music[0], args.out, args.codec, args.codec_weights, args.workers, args.valid_fraction,
-            args.min_seconds, not args.no_captions, args.vocab_size, [tag for tag in args.tags.split(",") if tag],
+            args.min_seconds, not args.no_captions, args.vocab_size, tags,
             args.replace, args.encoded)  # fmt: skip
     common.leave()
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, "take fewer --workers")

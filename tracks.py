@@ -19,9 +19,9 @@ import mutagen
 import soundfile
 
 from codec import OTHER_SUFFIXES, SUFFIXES
-from common import UserError
+from common import UserError, first_line
 
-MANIFESTS = ("data.jsonl", "data.jsonl.gz")  # in a folder without audio, as audiocraft has them
+MANIFESTS = ("data.jsonl", "data.jsonl.gz", "manifest.jsonl")  # taken from a folder without audio
 NOT_METADATA = "duration sample_rate file_extension amplitude weight info_path".split()  # of audiocraft's entries
 TAGS = {  # what a tag is called in ID3, in Vorbis comments, and by libsndfile
     "genre": ("TCON", "genre"), "title": ("TIT2", "title"), "mood": ("TMOO", "mood"), "bpm": ("TBPM", "bpm"),
@@ -34,8 +34,8 @@ def read_text(path):
     """A text file in UTF-8, or in UTF-16 with its mark, maybe gzipped; raises UserError for what is none of these."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error):
-        raise UserError(f"{path}: cannot be read; it is damaged, or no file of gzip's") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     is_utf16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
         text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
@@ -54,18 +54,25 @@ def plain(text):
 
 def take_captions(entry, where):
     """Takes "caption", or "description" as audiocraft has it, out of an entry -> its captions, none empty."""
-    found = entry.pop("description", None)
-    found = entry.pop("caption", found)
-    found = found if isinstance(found, list) else [found or ""]
-    if not all(isinstance(caption, str) for caption in found):
-        raise UserError(f'{where}: "caption" must be text, or a list of texts, not {found[0]!r}')
-    return [caption for caption in map(plain, found) if caption]
+    captions = []
+    for found in (entry.pop("caption", None), entry.pop("description", None)):
+        found = found if isinstance(found, list) else [found or ""]
+        if not all(isinstance(caption, str) for caption in found):
+            raise UserError(f'{where}: "caption" must be text, or a list of texts, not {found[0]!r}')
+        captions = captions or [caption for caption in map(plain, found) if caption]
+    return captions
 
 
 def metadata_of(entry):
-    """What an entry says besides: lists become text, and what is null or empty is left out."""
-    texts = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in entry.items()}
-    return {key: value for key, value in texts.items() if value not in (None, "") and key not in NOT_METADATA}
+    """What an entry says besides, texts and numbers: lists become text; what is null, empty or nested is left out."""
+    found = {}
+    for key, value in entry.items():
+        if isinstance(value, list):
+            value = ", ".join(str(part) for part in value if isinstance(part, (str, int, float)) and part != "")
+        value = plain(value) if isinstance(value, str) else value
+        if isinstance(value, (str, int, float)) and value != "" and plain(key) and key not in NOT_METADATA:
+            found[plain(key)] = value
+    return found
 
 
 def tracks_of_manifest(manifest):
@@ -84,11 +91,11 @@ def tracks_of_manifest(manifest):
         where = f"{manifest}, line {number}"
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}); one object per line is needed") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON ({first_line(error)}); one object per line is needed") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise UserError(f'{where}: has no "path"; needed is {{"path": "a.wav", "caption": "..."}}')
-        if not isinstance(entry.get("attributes", {}), dict):
+        if not isinstance(entry.get("attributes") or {}, dict):
             raise UserError(f'{where}: "attributes" must be an object, {{"genre": "jazz"}}')
         given = Path(entry.pop("path"))
         path = manifest.parent / given
@@ -101,27 +108,33 @@ def tracks_of_manifest(manifest):
 
 def files_under(folder):
     """Every file in a folder, and in folders that are linked there, each once."""
+
+    def refuse(error):
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); make it readable, or move it away")
+
     seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         if os.path.realpath(root) in seen:
             folders.clear()
             continue
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(root, name)), name))  # a folder before links to it
         seen.add(os.path.realpath(root))
         yield from (Path(root, name) for name in files)
 
 
 def read_sidecars(path):
     """What NAME.txt and NAME.json beside an audio file say of it."""
-    entry, text, sidecar = {}, path.with_suffix(".txt"), path.with_suffix(".json")
-    if sidecar.is_file():
+    entry = {}
+    for sidecar in filter(Path.is_file, (path.with_suffix(".json"), path.with_suffix(".JSON"))):
         try:
             entry = json.loads(read_text(sidecar))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{sidecar}: not JSON ({error})") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("attributes", {}), dict):
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{sidecar}: not JSON ({first_line(error)})") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("attributes") or {}, dict):
             raise UserError(f'{sidecar}: must hold an object, {{"caption": "...", "genre": "jazz"}}')
-    if text.is_file():
-        entry["caption"] = read_text(text)
+    for text in filter(Path.is_file, (path.with_suffix(".txt"), path.with_suffix(".TXT"))):
+        if caption := plain(read_text(text)):
+            entry["caption"] = caption
     return entry
 
 
@@ -143,16 +156,18 @@ def find_tracks(music):
         raise UserError(f"{music}: no such folder or manifest")
     found = list(tracks_of_folder(music) if music.is_dir() else tracks_of_manifest(music))
     manifests = [music / name for name in MANIFESTS if (music / name).is_file()]
-    if not found and manifests:
+    if manifests and not found:
         return find_tracks(manifests[0])
+    if manifests:
+        print(f"{manifests[0]} is not read, as the folder was given; give the manifest to go by it")
     root = music if music.is_dir() else music.parent
     tracks = []
     for path, entry, where in found:
         captions = take_captions(entry, where)
-        attributes = entry.pop("attributes", {})
+        attributes = entry.pop("attributes", None) or {}
         stem = entry.pop("melody_from", None)
         stem = (path.parent if music.is_dir() else root) / str(stem) if stem else path
-        if not stem.is_file():
+        if not stem.is_file() and stem != path:
             raise UserError(f"{where}: melody_from {stem}: no such file")
         name = os.path.relpath(path, root)
         track = dict(path=str(path), melody_from=str(stem), name=name, caption=captions[0] if captions else "",
@@ -168,6 +183,8 @@ def find_tracks(music):
 
 def read_tags(path, wanted):
     """The tags of a file whose names are in `wanted` -> {name: text}, in that order. Unreadable tags are none."""
+    if not wanted:
+        return {}
     try:
         with soundfile.SoundFile(os.fsencode(path)) as file:
             others = file.copy_metadata()
@@ -191,5 +208,7 @@ def read_tags(path, wanted):
 
 def folder_of(name):
     """The folders that a track is in, as words: 'jazz_trio/slow/01.mp3' -> 'jazz trio, slow'; numbers say nothing."""
-    parts = (part.replace("_", " ").strip() for part in Path(name).parts[:-1])
+    folders = Path(name).parts[:-1]
+    folders = folders[-1:] if ".." in folders else folders  # of a path that leads away from the manifest, the last
+    parts = (part.replace("_", " ").strip() for part in folders)
     return plain(", ".join(part for part in parts if any(map(str.isalpha, part))))

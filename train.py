@@ -41,6 +41,7 @@ SAME_MODEL = (  # settings that must not change when a run resumes, or starts wi
     "codec dim heads layers positions pattern delays text_dim text_heads text_layers text_max_tokens melody style"
     " style_dim style_heads style_layers style_codebooks style_bins style_seconds"
 ).split()
+SAME_RUN = "lora_rank lora_targets".split()  # nor these, when it resumes
 
 
 def learning_rate(step, s):
@@ -92,11 +93,11 @@ def validate(model, batches, device, autocast):
     return (ce_sum / count).tolist(), (null_ce_sum / count).tolist()
 
 
-def refuse_another_model(saved, s, codec, path):
+def refuse_another_model(saved, s, codec, path, same=SAME_MODEL):
     """Raises UserError where a checkpoint is of another model than this run's; returns what else has changed."""
     theirs, ours = {**saved["settings"], "codec": saved["codec"]["id"]}, {**vars(s), "codec": codec.id}
     changes = {key: f"{key} was {theirs.get(key)!r}, is {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]}
-    other = [changes[key] for key in changes if key in SAME_MODEL and (s.style or not key.startswith("style_"))]
+    other = [changes[key] for key in changes if key in same and (s.style or not key.startswith("style_"))]
     if other:
         raise UserError(f"{path}: another model ({', '.join(other)}); give it the same settings, or another --out")
     return list(changes.values())
@@ -149,7 +150,8 @@ def main():
     start_from = saved or (common.load_checkpoint(s.init_from) if s.init_from else None)
     tokenizer, changes = data.read_tokenizer(s.data), []
     if start_from:
-        changes = refuse_another_model(start_from, s, codec, last if saved else s.init_from)
+        same = SAME_MODEL + SAME_RUN if saved else SAME_MODEL
+        changes = refuse_another_model(start_from, s, codec, last if saved else s.init_from, same)
         if start_from["tokenizer"] != tokenizer:
             print(f"captions are tokenized as {last if saved else s.init_from} has it, not by {s.data}'s own tokenizer")
         tokenizer = start_from["tokenizer"]
@@ -216,7 +218,10 @@ def main():
     prepare, micro_batch = model.conditioner.prepare, s.micro_batch or s.batch_size // world_size
     batches = data.loader(data.TrainingSteps(train_data, prepare, T, s, rank, world_size), step, device)
     words = sorted({*train_data.words(), *(start_from or {}).get("words", ())}) if rank == 0 else []  # who alone saves
-    described = dict(settings=vars(s), codec=codec.describe(), tokenizer=tokenizer, words=words)  # in every checkpoint
+    described = dict(settings=vars(s), codec=codec.describe(), tokenizer=tokenizer, words=words,
+                     data=train_data.meta.get("checksums"))  # in every checkpoint  # fmt: skip
+    if saved and saved.get("data") not in (None, described["data"]):
+        print(f"{s.data} holds other data than before: what follows is not what an unbroken run would give")
     flops, peak = functools.cache(model.flops), world_size * (common.peak_flops(device, dtype) or math.inf)
     bar = tqdm(total=s.steps, initial=step, desc="training", file=sys.stdout, mininterval=1, smoothing=0.05)
     resumed_at, stopping, skipped_in_a_row, since = step, False, 0, Since()

@@ -189,6 +189,11 @@ def test_an_mp3_is_as_long_as_its_frames(rate, tmp_path):
     assert mp3_seconds(tmp_path / "a.mp3") == pytest.approx(5, abs=0.3)
     assert load_audio(tmp_path / "a.mp3", 16_000).shape[1] == pytest.approx(80_000, abs=5000)
     whole = (tmp_path / "a.mp3").read_bytes()
+    picture = np.random.default_rng(0).integers(256, size=500_000).astype(np.uint8)
+    picture[::9], picture[1::9], picture[2::9] = 255, 251, 144  # bytes of frames
+    size = bytes([len(picture) >> 21 & 127, len(picture) >> 14 & 127, len(picture) >> 7 & 127, len(picture) & 127])
+    (tmp_path / "tagged.mp3").write_bytes(b"ID3\x04\x00\x00" + size + picture.tobytes() + whole)
+    assert mp3_seconds(tmp_path / "tagged.mp3") == mp3_seconds(tmp_path / "a.mp3")
     (tmp_path / "joined.mp3").write_bytes(2 * whole)
     with pytest.raises(UserError, match=r"header tells of 5.\d s, and it holds (9.9|10.\d) s; convert it"):
         load_audio(tmp_path / "joined.mp3", 16_000)
