@@ -3,7 +3,7 @@
     python prepare.py MUSIC --out data/music --codec encodec_24khz:3
     python train.py config/small.py
 
-Where it departs from the paper: AdamW at medium's learning rate for D-Adaptation, and the text embedder for T5.
+Where it departs from the paper and audiocraft: docs/training.md, at its end.
 """
 
 out = "out/small"

@@ -154,8 +154,18 @@ def test_settings_that_contradict_the_checkpoint(command, toy_run, dataset):
     before = (out / "last.pt").read_bytes()
     args = [*TOY, f"--data={dataset}", f"--out={out}"]
     refused(command(train, *args, "--dim=64", "--layers=1"), "dim was 32, is 64", "layers was 2, is 1", "another --out")
+    refused(command(train, *args, "--lora_rank=2"), "lora_rank was 0, is 2", "another --out")
     refused(command(train, *args, "--resume=False"), "holds a run; choose another --out, or remove it")
     assert (out / "last.pt").read_bytes() == before
+
+
+def test_a_run_that_resumes_on_other_data_says_so(command, own_dataset, tmp_path):
+    args = [*TOY, f"--data={own_dataset}", f"--out={tmp_path / 'out'}", "--samples=0"]
+    assert "other data" not in command(train, *args)[1]
+    meta = json.loads((own_dataset / "meta.json").read_text())
+    meta["checksums"]["train_000.npy"] += 1  # as of music that was prepared anew
+    (own_dataset / "meta.json").write_text(json.dumps(meta))
+    assert f"{own_dataset} holds other data than before" in command(train, *args, "--steps=8")[1]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(command, dataset, tmp_path):
