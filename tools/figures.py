@@ -67,7 +67,7 @@ def draw_sheet(rows, picture):
         with Image.open(picture) as spectrogram:
             sheet.paste(spectrogram.resize((WIDTH, HEIGHT)), (0, row * (HEIGHT + LABEL) + LABEL))
         ImageDraw.Draw(sheet).text((4, row * (HEIGHT + LABEL) + 3), title, fill="black")
-    sheet.save(picture, optimize=True)
+    sheet.quantize().save(picture, optimize=True)
 
 
 def draw_grids(picture, K=4, T=8):
