@@ -221,3 +221,13 @@ def test_gpu_a_recorded_step_chooses_the_codes_of_an_eager_one(options, monkeypa
     recorded = generate(make_model().cuda(), [PIANO, {}], 45, **options)
     monkeypatch.setattr(generation, "CUDAGraph", lambda function, *inputs: function)
     assert torch.equal(generate(make_model().cuda(), [PIANO, {}], 45, **options), recorded)
+
+
+@pytest.mark.parametrize("amd", [True, False])
+def test_weights_in_columns_choose_the_same_codes(amd, monkeypatch):
+    monkeypatch.setattr("common.is_amd", lambda: amd)
+    model = make_model()
+    codes = generate(model, [PIANO, ORGAN], 12, seeds=[1, 2])
+    block = optimize(model).blocks[0]
+    assert block.up.weight.is_contiguous() != amd and block.down.weight.is_contiguous()
+    assert torch.equal(generate(model, [PIANO, ORGAN], 12, seeds=[1, 2]), codes)
