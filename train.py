@@ -182,7 +182,10 @@ def main():
         net = model
     else:
         for part in (model, ema.module):
-            part.to(device) if has_weights else part.to_empty(device=device)
+            if has_weights:
+                part.to(device)
+            else:
+                part.to_empty(device=device)
         net = common.replicate(model, device) if world_size > 1 else model
     loss_weights = codebook_weights(s, model.K).to(device)
     optimizer = make_optimizer(model, s)
