@@ -17,6 +17,7 @@ from conftest import TOY, Ranks, finish, lines, load, same_run, start, untimed
 import common
 import metrics
 from common import UserError, load_checkpoint, save_checkpoint
+from model import MusicLM
 
 KILLS = int(os.environ.get("KILLS", 2))  # 50 take some minutes
 STEPS = int(os.environ.get("STEPS", 4))  # of the same run on 1, 2 and 4 processes
@@ -147,6 +148,21 @@ def test_compiled_blocks_of_several_ranks_take_captions_of_any_length(dataset, t
         assert compiled == pytest.approx(eager, abs=1e-4)
         graphs = printed.count("graph")
         assert graphs <= 12, f"{graphs}: four kinds of blocks, by what has a gradient, and lengths: one, any, 1"
+
+
+def test_under_fsdp_rank_0_alone_draws_the_weights(dataset, tmp_path):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--samples=0", "--evaluate_clips=0"]
+    Ranks(*args, "--parallel=fsdp", before=refuse_to_draw_on_rank_1).finish()
+
+
+def refuse_to_draw_on_rank_1():
+    usual = MusicLM.init_weights
+
+    def init_weights(model):
+        assert int(os.environ["RANK"]) == 0 or model.embed.weight.is_meta
+        usual(model)
+
+    MusicLM.init_weights = init_weights
 
 
 def test_fsdp_continues_after_an_epoch_without_improvement(dataset, tmp_path):
