@@ -169,7 +169,7 @@ def generate(model, conditions, frames, prompt=None, progress=lambda frames: Non
     return torch.cat(parts, dim=2)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def stream(model, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temperature=1.0, top_k=250, top_p=0.0,
            seeds=None, stride=None):  # fmt: skip
     """B dicts of conditions -> codes int64 [B, K, n] as they become final: the prompt, then frame by frame.

@@ -42,7 +42,7 @@ def rotations(position, dim):
 
 
 def rotate(x, rotation):
-    """Turns queries or keys x [B, H, S, d], pair by pair, by the `rotations` of their positions."""
+    """Turns queries and keys x [..., S, d], pair by pair, by the `rotations` of their positions."""
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
@@ -84,9 +84,8 @@ class Block(nn.Module):
         generation the S steps stand at `input_pos` [S] of this block's `cache`, and attend to its first W steps where
         `causal_mask` [S, W] says.
         """
-        q, k, v = self.split(self.qkv(self.norm1(x)), 3)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+        qk, (v,) = self.split(self.qkv(self.norm1(x)), 3).split([2, 1])
+        q, k = qk if rotation is None else rotate(qk, rotation)
         if cache is not None:
             k, v = cache.update(input_pos, k, v, causal_mask.shape[1])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask, is_causal=cache is None)
@@ -101,6 +100,7 @@ class Block(nn.Module):
 
 
 @functools.lru_cache(maxsize=32)  # a table is used at every step, and making it waits for the device
+@torch.inference_mode(False)  # what generation asks for first, training may use
 def pattern_on(device, *description):
     return make_pattern(*description).to(device)
 

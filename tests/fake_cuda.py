@@ -75,6 +75,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+
+torch.inference_mode = lambda mode=True: torch.set_grad_enabled(not mode)  # which FakeTensorMode cannot do on a GPU
+
 import torch.nn.functional as F  # noqa: E402
 from models import CODEC, TOKENIZER  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
