@@ -72,11 +72,20 @@ def codebook_weights(s, K):
 
 
 def make_optimizer(model, s):
-    """AdamW; weight decay is for matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
-    groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
+    """AdamW; weight decay is for matrices only, and what reads the conditions learns at a rate of its own."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            reads_conditions = name.startswith("conditioner.") or ".cross_" in name
+            kind = dict(lr_scale=s.condition_lr if reads_conditions else 1.0,
+                        weight_decay=s.weight_decay if p.dim() > 1 else 0.0)  # fmt: skip
+            groups.setdefault(tuple(kind.items()), dict(params=[], **kind))["params"].append(p)
+    return torch.optim.AdamW([*groups.values()], lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr_scale"] * lr
 
 
 @torch.no_grad()
@@ -295,8 +304,7 @@ def main():
 
         # 4. Learning rate, optimizer, style's codebooks, EMA; nothing changes where the gradient is not finite
         if is_finite:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step - 1, s)
+            set_learning_rate(optimizer, learning_rate(step - 1, s))
             scaler.step(optimizer)
             model.conditioner.update()
             if step % s.ema_every == 0:

@@ -24,6 +24,7 @@ text_layers = 2
 codebook_weights = (3.0, 1.5, 0.5, 0.5)
 steps = 7000
 lr = 1e-3
+condition_lr = 0.5
 warmup = 100
 epoch = 1750
 ema_decay = 0.99

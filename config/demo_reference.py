@@ -1,10 +1,12 @@
-"""The demo with MusicGen's own choices, and as much music in all: sinusoids, long items, all codebooks alike."""
+"""The demo with MusicGen's own choices, and as much music in all: sinusoids, long items, nothing weighted."""
 
 from config.demo import *  # noqa: F403
 
 out = "out/demo_reference"
 positions = "sinusoidal"
 codebook_weights = ()
+lr = 1e-3
+condition_lr = 1.0
 segment = 8.0
 short_every = 0
 steps = 3500

@@ -14,11 +14,13 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT, TOY, Ranks, finish, lines, load, same_run, start, untimed
+from models import make_model
 
 import common
 import metrics
 import prepare
 import train
+from config import Settings
 from generate import load_model
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "config").glob("[!_]*.py"))
@@ -207,6 +209,20 @@ def test_codebook_weights_change_the_gradient_and_not_the_loss_that_is_logged(da
     assert first_only[-1]["ce_q1"] < plain[-1]["ce_q1"] and first_only[-1]["ce_q4"] > plain[-1]["ce_q4"]
 
 
+def test_what_reads_the_conditions_learns_at_a_rate_of_its_own():
+    """AdamW's first step is as long as the learning rate, whatever the gradient."""
+    model = make_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = train.make_optimizer(model, Settings(condition_lr=0.25, weight_decay=0.0))
+    train.set_learning_rate(optimizer, 0.1)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        rate = 0.025 if re.match(r"conditioner\.|blocks\.\d+\.cross_(q|kv|out)\.", name) else 0.1
+        torch.testing.assert_close(before[name] - p, torch.full_like(p, rate), msg=name)
+
+
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_trains_a_step(path, dataset, tmp_path, command):
     status, output = command(
@@ -334,7 +350,7 @@ def test_a_second_ctrl_c_ends_at_once(dataset, tmp_path, command, monkeypatch):
 def test_settings_of_the_optimizer_may_change_on_resuming(dataset, tmp_path, command):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
     assert command(train, *args)[0] == 0
-    status, output = command(train, *args, "--steps=8", "--weight_decay=0.3", "--beta1=0.8")
+    status, output = command(train, *args, "--steps=8", "--weight_decay=0.3", "--beta1=0.8", "--condition_lr=0.5")
     assert status == 0 and "weight_decay was 0.1, is 0.3" in output and "resuming from" in output
     status, output = command(train, *args, "--steps=9", "--freeze=blocks.0.*")  # whose state is kept as it was
     assert status == 0, output

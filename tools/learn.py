@@ -24,6 +24,7 @@ from model import MusicLM
 from tools import peers
 
 MARKS = 10  # validations of each row
+MUSICGEN = dict(positions="sinusoidal", codebook_weights=(), lr=1e-3, condition_lr=1.0)  # its own choices
 
 
 def learn(model, s, train_data, valid_data, seconds, device, autocast):
@@ -43,8 +44,7 @@ def learn(model, s, train_data, valid_data, seconds, device, autocast):
         loss = (weights * ce_sum / model.count_targets(scored_items.to(device)).clamp(min=1)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(int(1000 * min(1, trained / seconds)), thousandths)
+        train.set_learning_rate(optimizer, train.learning_rate(int(1000 * min(1, trained / seconds)), thousandths))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         train.update_ema(ema, model, s.ema_decay)
@@ -63,7 +63,7 @@ def bench_learning(names, seconds, device, autocast, overrides=()):
         prepare_demo(s.data, s.demo_clips, s.codec, s.codec_weights)
     train_data, valid_data = data.Tokens(s.data, "train"), data.Tokens(s.data, "valid")
     codec, tokenizer = data.load_codec(s.data, s.codec, s.codec_weights).describe(), data.read_tokenizer(s.data)
-    plain = dataclasses.replace(s, positions="sinusoidal", codebook_weights=())  # MusicGen's own choices
+    plain = dataclasses.replace(s, **MUSICGEN)
     rows = {}
     for name in ("ours", "ours, plain", *names):
         torch.manual_seed(s.seed)
