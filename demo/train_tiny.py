@@ -4,7 +4,7 @@
     python -m demo.train_tiny train data/codec_audio MUSIC ...           # resumes by itself
     python -m demo.train_tiny evaluate demo/tiny.pt FOLDER ...          # held-out figures, Opus beside them
 
-Every batch draws from the folders in equal parts, whatever their size. Tracks are held out by a hash of their name.
+Every batch draws from the folders by their shares, whatever their size. Tracks are held out by a hash of their name.
 The losses are spectral only, so phase is learned from the longer windows: the L1 distance of log-mel and of relative
 mel spectrograms at five resolutions (as in DAC, arXiv:2306.06546), plus the quantizer's commitment.
 """
@@ -56,13 +56,14 @@ def draw(tracks, length, rng):
 
 
 def spectral_loss(output, target):
-    """[B, samples] twice -> log-mel L1 in nepers plus relative mel L1, the mean over RESOLUTIONS."""
+    """[B, samples] twice -> log-mel L1 in nepers plus every clip's relative mel L1, the mean over RESOLUTIONS."""
     total = 0
     for window, mels in RESOLUTIONS:
         a = mel_spectrogram(output, TinyCodec.sample_rate, window, window // 4, mels)
         b = mel_spectrogram(target, TinyCodec.sample_rate, window, window // 4, mels)
         floor = 1e-4 * window
-        total = total + ((a + floor).log() - (b + floor).log()).abs().mean() + (a - b).abs().sum() / b.abs().sum()
+        relative = (a - b).abs().mean((1, 2)) / (b.mean((1, 2)) + floor)
+        total = total + ((a + floor).log() - (b + floor).log()).abs().mean() + relative.mean()
     return total / len(RESOLUTIONS)
 
 
@@ -117,6 +118,9 @@ def train(args):
     torch.set_flush_denormal(True)  # denormals slow convolutions many times over on CPU
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(args.out)
+    shares = np.array(args.shares or [1] * len(args.folders))
+    if len(shares) != len(args.folders):
+        raise UserError(f"{len(args.folders)} folders and {len(shares)} shares; give every folder its share")
     out.mkdir(parents=True, exist_ok=True)
     model = TinyCodec().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)
@@ -145,7 +149,8 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         rng = np.random.default_rng([1, step])
-        batch = [draw(train_sets[i % len(train_sets)], args.length, rng) for i in range(args.batch_size)]
+        drawn = rng.choice(len(train_sets), args.batch_size, p=shares / shares.sum())
+        batch = [draw(train_sets[i], args.length, rng) for i in drawn]
         wav = torch.from_numpy(np.stack(batch)).to(device)
         latents = model.encoder(wav[:, None])
         quantized = model.quantizer(latents, model.frame_rate)
@@ -182,7 +187,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.add_argument("folders", nargs="+", help="folders of audio; each gives an equal part of every batch")
+    command.add_argument("folders", nargs="+", help="folders of audio, whose names differ")
+    command.add_argument("--shares", type=float, nargs="+", help="of the folders in every batch; equal if not given")
     command.add_argument("--out", default="out/codec", help="where checkpoints, history.jsonl and codec.pt go")
     command.add_argument("--steps", type=int, default=10_000)
     command.add_argument("--batch_size", type=int, default=16)

@@ -1,6 +1,9 @@
 """The frozen codec: wav to codes and back, streamed or whole, mono or stereo; audio files."""
 
+import shutil
+import struct
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from encodec import EncodecModel
 
 from codec import decode_stream, describe_codec, encode_long, load_audio, load_codec, mp3_seconds, write_audio
 from common import UserError
-from demo import corpus
+from demo import corpus, scores, train_tiny
 from demo.tiny import WEIGHTS
 from demo.train_tiny import distances
 
@@ -197,3 +200,53 @@ def test_an_mp3_is_as_long_as_its_frames(rate, tmp_path):
     (tmp_path / "joined.mp3").write_bytes(2 * whole)
     with pytest.raises(UserError, match=r"header tells of 5.\d s, and it holds (9.9|10.\d) s; convert it"):
         load_audio(tmp_path / "joined.mp3", 16_000)
+
+
+# The music that the codec is trained on
+
+
+def test_a_composed_piece_is_a_midi_file_of_a_minute():
+    score = scores.make_midi(np.random.default_rng(3))
+    assert score == scores.make_midi(np.random.default_rng(3)) != scores.make_midi(np.random.default_rng(4))
+    assert score[:4] == b"MThd" and score[14:18] == b"MTrk"
+    assert struct.unpack(">I", score[18:22])[0] == len(score) - 22 and score.endswith(b"\xff\x2f\x00")
+
+
+def test_midi_pieces_are_found_in_a_wad(tmp_path):
+    lumps = {b"PLAYPAL": b"colours", b"D_E1M1": b"MThd first", b"D_INTRO": b"MThd second", b"D_OLD": b"MUS\x1a"}
+    content, directory = b"", b""
+    for name, lump in lumps.items():
+        directory += struct.pack("<II8s", 12 + len(content), len(lump), name)
+        content += lump
+    path = tmp_path / "free.wad"
+    path.write_bytes(b"IWAD" + struct.pack("<II", len(lumps), 12 + len(content)) + content + directory)
+    assert scores.read_midi(path) == [("free_D_E1M1", b"MThd first"), ("free_D_INTRO", b"MThd second")]
+
+
+def test_test_sounds_are_loud_and_soft_and_never_clipped():
+    wav = scores.make_test(np.random.default_rng(0))
+    assert np.isfinite(wav).all() and 0.5 < np.abs(wav).max() <= 1 and (wav == 0).mean() > 0.05
+
+
+def test_what_the_music_needs_is_named(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(scores.shutil, "which", lambda name: None)
+    status, output = command(scores, tmp_path)
+    assert status == 2 and "fluidsynth: not found; apt-get install fluidsynth fluid-soundfont-gm" in output
+
+
+@pytest.mark.skipif(not shutil.which("fluidsynth") or not Path(scores.SOUND_FONT).exists(), reason="needs fluidsynth")
+def test_music_is_played_once(tmp_path, command):
+    assert command(scores, tmp_path, "--minutes=1")[0] == 0
+    paths = sorted(tmp_path.rglob("*.flac"))
+    assert [path.parent.name for path in paths] == ["music", "tests"]
+    written = [path.stat().st_mtime_ns for path in paths]
+    wav, rate = soundfile.read(paths[0])
+    assert 50 < len(wav) / rate <= 60 and 0.1 < np.abs(wav).max() <= 1
+    assert command(scores, tmp_path, "--minutes=1")[0] == 0
+    assert [path.stat().st_mtime_ns for path in paths] == written
+
+
+def test_every_folder_has_its_share(tmp_path, command):
+    status, output = command(train_tiny, "train", "a", "b", "--shares", "1", f"--out={tmp_path / 'codec'}")
+    assert status == 2 and "2 folders and 1 shares; give every folder its share" in output
+    assert not (tmp_path / "codec").exists()
