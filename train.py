@@ -84,6 +84,7 @@ def make_optimizer(model, s):
 
 
 def set_learning_rate(optimizer, lr):
+    """`lr` for all, or what `condition_lr` makes of it."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr
 

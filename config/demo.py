@@ -3,7 +3,7 @@
 The corpus is synthesised and its captions with it, the codec ships with the repository. Where this departs from
 MusicGen (config/demo_reference.py) it is to obey captions sooner: short items, and shorter ones in turn, have more
 beginnings, where the caption alone can say what comes; the first codebooks carry what one hears; rotary positions carry
-rhythm (docs/numbers.md).
+rhythm; and what reads the caption learns at half the rate, or it falls behind the context (docs/numbers.md).
 """
 
 out = "out/demo"
