@@ -113,6 +113,21 @@ def evaluate(args):
             print(f"{'':32s} codebook {k + 1}: {(p > 0).sum()} of {codec.card} used, entropy {entropy:.2f} bits")
 
 
+@torch.no_grad()
+def revive(quantizer, latents, codes):
+    """Unused vectors become frames of the batch, latents [B, D, T] of codes [K, B, T], less what is coded before.
+
+    So do their running sums, which encodec leaves as they are: its new vectors are zero again within the step.
+    """
+    residual = latents.transpose(1, 2).flatten(0, 1)
+    for layer, code in zip(quantizer.vq.layers, codes):
+        book = layer._codebook
+        unused = book.cluster_size < quantizer.threshold_ema_dead_code
+        frames = residual[torch.randint(len(residual), (int(unused.sum()),), device=residual.device)]
+        residual = residual - book.embed[code.flatten()]
+        book.embed[unused], book.embed_avg[unused], book.cluster_size[unused] = frames, frames, 1.0
+
+
 def train(args):
     torch.manual_seed(0)
     torch.set_flush_denormal(True)  # denormals slow convolutions many times over on CPU
@@ -154,6 +169,7 @@ def train(args):
         wav = torch.from_numpy(np.stack(batch)).to(device)
         latents = model.encoder(wav[:, None])
         quantized = model.quantizer(latents, model.frame_rate)
+        revive(model.quantizer, latents.detach(), quantized.codes)
         output = model.decoder(quantized.quantized)[:, 0]
         reconstruction = spectral_loss(output, wav)
         loss = reconstruction + 0.25 * quantized.penalty

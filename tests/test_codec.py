@@ -14,7 +14,7 @@ from encodec import EncodecModel
 from codec import decode_stream, describe_codec, encode_long, load_audio, load_codec, mp3_seconds, write_audio
 from common import UserError
 from demo import corpus, scores, train_tiny
-from demo.tiny import WEIGHTS
+from demo.tiny import WEIGHTS, TinyCodec
 from demo.train_tiny import distances
 
 
@@ -244,6 +244,19 @@ def test_music_is_played_once(tmp_path, command):
     assert 50 < len(wav) / rate <= 60 and 0.1 < np.abs(wav).max() <= 1
     assert command(scores, tmp_path, "--minutes=1")[0] == 0
     assert [path.stat().st_mtime_ns for path in paths] == written
+
+
+def test_unused_vectors_come_back_and_stay():
+    torch.manual_seed(0)
+    quantizer, latents = TinyCodec(latent=8, card=16).quantizer.train(), torch.randn(4, 8, 100)
+    quantizer(latents, 50)  # the first batch sets the codebooks
+    for layer in quantizer.vq.layers:
+        book = layer._codebook
+        book.embed[:5], book.embed_avg[:5], book.cluster_size[:5] = 99.0, 0.0, 0.0  # nearest to no frame
+    for _ in range(3):
+        train_tiny.revive(quantizer, latents, quantizer(latents, 50).codes)
+    for layer in quantizer.vq.layers:
+        assert (layer._codebook.cluster_size[:5] > 0.9).all() and (layer._codebook.embed[:5].abs() < 10).all()
 
 
 def test_every_folder_has_its_share(tmp_path, command):
