@@ -76,15 +76,14 @@ def make_optimizer(model, s):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            reads_conditions = name.startswith("conditioner.") or ".cross_" in name
-            kind = dict(lr_scale=s.condition_lr if reads_conditions else 1.0,
-                        weight_decay=s.weight_decay if p.dim() > 1 else 0.0)  # fmt: skip
-            groups.setdefault(tuple(kind.items()), dict(params=[], **kind))["params"].append(p)
-    return torch.optim.AdamW([*groups.values()], lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
+            scale = s.condition_lr if name.startswith("conditioner.") or ".cross_" in name else 1.0
+            groups.setdefault((scale, s.weight_decay if p.dim() > 1 else 0.0), []).append(p)
+    groups = [dict(params=params, lr_scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
+    return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
 
 
 def set_learning_rate(optimizer, lr):
-    """`lr` for all, or what `condition_lr` makes of it."""
+    """`lr`, times each group's own scale."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr
 

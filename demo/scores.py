@@ -49,19 +49,28 @@ def compose(rng, role, chords, bar):
     hits[0, 0], hits[1, 4::8], hits[2, :: pick(rng, [1, 2, 2, 4])] = True, True, True
     kit = [pick(rng, drums) for drums in DRUMS]
     for start, chord in zip(np.arange(len(chords)) * bar, chords):
-        yield from ((start, bar, tone, 0.7) for tone in chord if role == "pad")
-        for i in range(int(bar / step) if role == "arpeggio" else 0):
-            yield start + i * step, 1.5 * step, [*chord, chord[0] + 7, chord[1] + 7][order[i % len(order)]], 0.8
-        for drum, i in zip(*np.nonzero(hits != (rng.random(hits.shape) < 0.02))) if role == "drums" else ():
-            yield start + i / 4, 0.2, kit[drum], (1, 0.9, 0.7, 0.6)[drum]
-        for i, (beat, length) in enumerate(zip(start + rhythm, lengths)):
-            if role == "bass":
+        played = list(zip(start + rhythm, lengths))
+        if role == "pad":
+            for tone in chord:
+                yield start, bar, tone, 0.7
+        elif role == "arpeggio":
+            for i in range(int(bar / step)):
+                yield start + i * step, 1.5 * step, [*chord, chord[0] + 7, chord[1] + 7][order[i % len(order)]], 0.8
+        elif role == "drums":
+            for drum, i in zip(*np.nonzero(hits != (rng.random(hits.shape) < 0.02))):
+                yield start + i / 4, 0.2, kit[drum], (1, 0.9, 0.7, 0.6)[drum]
+        elif role == "bass":
+            for i, (beat, length) in enumerate(played):
                 yield beat, length, chord[2 if i % 3 == 2 else 0] - 14, 1
-            elif role == "chords":
-                yield from ((beat + 0.02 * j, length, tone, 0.8) for j, tone in enumerate(chord))  # strummed
-            elif role == "melody" and rng.random() < 0.85:
-                yield beat, length, degree, 0.9
-                degree = int(np.clip(degree + pick(rng, [-4, -2, -1, -1, 1, 1, 2, 3]), -3, 12))
+        elif role == "chords":
+            for beat, length in played:
+                for j, tone in enumerate(chord):
+                    yield beat + 0.02 * j, length, tone, 0.8  # strummed
+        elif role == "melody":
+            for beat, length in played:
+                if rng.random() < 0.85:
+                    yield beat, length, degree, 0.9
+                    degree = int(np.clip(degree + pick(rng, [-4, -2, -1, -1, 1, 1, 2, 3]), -3, 12))
 
 
 def make_midi(rng):
@@ -80,8 +89,8 @@ def make_midi(rng):
         lowest = low + (pick(rng, [-12, 0, 0, 12]) if role != "bass" else 0)
         parts = [list(compose(rng, role, chords, bar)) for chords in progressions]
         force, plays = rng.uniform(60, 127), rng.random(len(form)) < rng.uniform(0.5, 1.1)
-        for i, section in enumerate(form):
-            for beat, length, key, loudness in parts[section] if plays[i] else ():
+        for i in np.flatnonzero(plays):
+            for beat, length, key, loudness in parts[form[i]]:
                 key = key if role == "drums" else lowest + 12 * (key // 7) + scale[key % 7]
                 beat = 4 * bar * i + beat + abs(rng.normal(0, 0.01))
                 note = bytes([np.clip(key, 20, 108), int(np.clip(force * loudness * rng.uniform(0.8, 1.1), 1, 127))])
@@ -102,6 +111,8 @@ def read_midi(path):
         raise common.UserError(f"{path}: cannot be read ({error.strerror})") from None
     if path.suffix.lower() != ".wad":
         return [(path.stem, content)]
+    if content[1:4] != b"WAD":
+        raise common.UserError(f"{path}: is no .wad file; give one, or .mid files")
     count, directory = struct.unpack_from("<II", content, 4)
     lumps = [struct.unpack_from("<II8s", content, directory + 16 * i) for i in range(count)]
     pieces = [(name.rstrip(b"\0").decode(), content[start : start + size]) for start, size, name in lumps]
