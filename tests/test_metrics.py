@@ -280,9 +280,9 @@ def test_music_itself_and_noise(dataset, evaluate):
 
 
 def test_clips_that_follow_their_melody_are_told_from_others(dataset, evaluate):
-    melody = evaluate(dataset, model=Replay(data.Tokens(dataset, "valid")), melody=True)["melody"]
+    melody = evaluate(dataset, model=Replay(data.Tokens(dataset, "valid")), melody=True, clip_seconds=6.0)["melody"]
     assert list(melody) == ["real", "cfg 3", "cfg 1", "melody alone", "text alone", "nothing"]
-    assert melody["cfg 3"] == melody["real"] and melody["real"]["own"] > melody["real"]["shuffled"] + 0.1
+    assert melody["cfg 3"] == melody["real"] and melody["real"]["own"] > melody["real"]["shuffled"] + 0.2
     assert evaluate(dataset, model=Noise())["melody"] == {}
 
 
