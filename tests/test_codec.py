@@ -263,3 +263,11 @@ def test_every_folder_has_its_share(tmp_path, command):
     status, output = command(train_tiny, "train", "a", "b", "--shares", "1", f"--out={tmp_path / 'codec'}")
     assert status == 2 and "2 folders and 1 shares; give every folder its share" in output
     assert not (tmp_path / "codec").exists()
+
+
+def test_training_revives_unused_vectors_at_every_step(request, tmp_path, command, monkeypatch):
+    usual, calls = train_tiny.revive, []
+    monkeypatch.setattr(train_tiny, "revive", lambda *args: calls.append(args) or usual(*args))
+    small = "--steps=2 --batch_size=2 --valid_every=2 --shares=1".split()
+    status, output = command(train_tiny, "train", request.getfixturevalue("corpus"), f"--out={tmp_path}", *small)
+    assert status == 0 and len(calls) == 2, output

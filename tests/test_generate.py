@@ -10,7 +10,7 @@ import generate as generation
 from common import UserError
 from config import Settings
 from generate import choose_codes, condition_groups, generate, guide, optimize, stream
-from model import MusicLM
+from model import MusicLM, pattern_on
 
 
 def test_a_condition_that_the_model_was_not_trained_with_is_refused():
@@ -50,6 +50,16 @@ def test_cached_generation_equals_uncached(pattern, prompted, positions):
     guided = whole.align_logits(u + 2.5 * (s + 1.7 * (c - s) - u))
     first = 5 if prompted else 0
     assert torch.equal(guided.argmax(-1)[:, :, first:], codes[:, :, first:])
+
+
+def test_autograd_takes_a_pattern_that_generation_asked_for_first():
+    """Its table is cached, and one made in inference mode could not be saved for a backward pass."""
+    pattern_on.cache_clear()
+    model = make_model()
+    generate(model, [PIANO], 14)
+    pattern, logits = model.pattern(14), torch.randn(4, 18, requires_grad=True)
+    logits.gather(1, pattern.step).sum().backward()
+    assert logits.grad.sum() == 4 * 14
 
 
 def test_prompts_of_different_lengths_in_one_batch():
