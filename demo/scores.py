@@ -8,6 +8,7 @@ OUT/tests, tones, sweeps and noise.
 """
 
 import argparse
+import functools
 import shutil
 import struct
 import subprocess
@@ -111,15 +112,19 @@ def read_midi(path):
         raise common.UserError(f"{path}: cannot be read ({error.strerror})") from None
     if path.suffix.lower() != ".wad":
         return [(path.stem, content)]
-    if content[1:4] != b"WAD":
-        raise common.UserError(f"{path}: is no .wad file; give one, or .mid files")
-    count, directory = struct.unpack_from("<II", content, 4)
-    lumps = [struct.unpack_from("<II8s", content, directory + 16 * i) for i in range(count)]
-    pieces = [(name.rstrip(b"\0").decode(), content[start : start + size]) for start, size, name in lumps]
-    return [(f"{path.stem}_{name}", piece) for name, piece in pieces if piece.startswith(b"MThd")]
+    try:
+        kind, count, directory = struct.unpack_from("<4sII", content)
+        lumps = [struct.unpack_from("<II8s", content, directory + 16 * i) for i in range(count)]
+    except struct.error:
+        kind = b""
+    if kind not in (b"IWAD", b"PWAD"):
+        raise common.UserError(f"{path}: is no .wad file, or not whole; give one, or .mid files")
+    pieces = [(name.split(b"\0")[0].decode("ascii", "replace"), start, size) for start, size, name in lumps]
+    pieces = [(f"{path.stem}_{name}", content[start : start + size]) for name, start, size in pieces]
+    return [(name, piece) for name, piece in pieces if piece.startswith(b"MThd")]
 
 
-def play(score, seconds, rng):
+def play(name, score, seconds, rng):
     """A MIDI file's bytes as fluidsynth plays it, with equalizer, compressor, saturation, level and hiss at random"""
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder, "score.mid"), Path(folder, "out.wav")
@@ -127,6 +132,8 @@ def play(score, seconds, rng):
         options = f"-qni -g 0.3 -r 32000 -T wav -o synth.reverb.room-size={rng.uniform(0, 0.9):.2f} -F".split()
         subprocess.run(["fluidsynth", *options, out, SOUND_FONT, path], check=True, capture_output=True)
         wav = load_audio(out, SAMPLE_RATE)[0, : seconds * SAMPLE_RATE].numpy()
+    if len(wav) < SAMPLE_RATE:
+        raise common.UserError(f"{name}: fluidsynth plays nothing of it; is it a whole MIDI file?")
     octaves = np.log2(np.maximum(np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE), 31.25) / 31.25)
     curve = np.interp(octaves, range(9), rng.normal(0, 3, 9) - rng.uniform(0, 3) * np.arange(9))  # dB
     wav = np.fft.irfft(np.fft.rfft(wav) * 10 ** (curve / 20), len(wav))
@@ -169,9 +176,10 @@ def main():
         if not Path(needed).exists():
             raise common.UserError(f"{needed}: not found; apt-get install fluidsynth fluid-soundfont-gm")
     works = {f"tests/tests_{i:04d}": make_test for i in range(0, args.minutes, 10)}
-    works |= {f"music/music_{i:04d}": lambda rng: play(make_midi(rng), SECONDS, rng) for i in range(args.minutes)}
+    works |= {f"music/music_{i:04d}": lambda rng: play("", make_midi(rng), SECONDS, rng) for i in range(args.minutes)}
     for path in args.midi:
-        works |= {f"midi/{name}": lambda rng, score=score: play(score, 150, rng) for name, score in read_midi(path)}
+        for name, score in read_midi(path):
+            works[f"midi/{name}"] = functools.partial(play, path, score, 150)
     for name, make in tqdm(works.items(), desc=str(args.out), file=sys.stdout, mininterval=1):
         path, rng = args.out / f"{name}.flac", np.random.default_rng(zlib.crc32(name.encode()))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -134,8 +134,8 @@ def train(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(args.out)
     shares = np.array(args.shares or [1] * len(args.folders))
-    if len(shares) != len(args.folders):
-        raise UserError(f"{len(args.folders)} folders and {len(shares)} shares; give every folder its share")
+    if len(shares) != len(args.folders) or shares.min() < 0 or not 0 < shares.sum() < math.inf:
+        raise UserError(f"shares {shares.tolist()} for {len(args.folders)} folders; give each its share, 0 or more")
     out.mkdir(parents=True, exist_ok=True)
     model = TinyCodec().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)

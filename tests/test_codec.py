@@ -221,6 +221,10 @@ def test_midi_pieces_are_found_in_a_wad(tmp_path):
     path = tmp_path / "free.wad"
     path.write_bytes(b"IWAD" + struct.pack("<II", len(lumps), 12 + len(content)) + content + directory)
     assert scores.read_midi(path) == [("free_D_E1M1", b"MThd first"), ("free_D_INTRO", b"MThd second")]
+    for broken in (b"", b"IWAD", b"PWAD" + struct.pack("<II", 5, 12), b"RIFF" + bytes(100)):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match="free.wad: is no .wad file, or not whole"):
+            scores.read_midi(path)
 
 
 def test_test_sounds_are_loud_and_soft_and_never_clipped():
@@ -244,6 +248,9 @@ def test_music_is_played_once(tmp_path, command):
     assert 50 < len(wav) / rate <= 60 and 0.1 < np.abs(wav).max() <= 1
     assert command(scores, tmp_path, "--minutes=1")[0] == 0
     assert [path.stat().st_mtime_ns for path in paths] == written
+    Path(tmp_path, "broken.mid").write_bytes(b"MThd cut")
+    status, output = command(scores, tmp_path, "--minutes=0", "--midi", tmp_path / "broken.mid")
+    assert status == 2 and "broken.mid: fluidsynth plays nothing of it" in output
 
 
 def test_unused_vectors_come_back_and_stay():
@@ -259,9 +266,10 @@ def test_unused_vectors_come_back_and_stay():
         assert (layer._codebook.cluster_size[:5] > 0.9).all() and (layer._codebook.embed[:5].abs() < 10).all()
 
 
-def test_every_folder_has_its_share(tmp_path, command):
-    status, output = command(train_tiny, "train", "a", "b", "--shares", "1", f"--out={tmp_path / 'codec'}")
-    assert status == 2 and "2 folders and 1 shares; give every folder its share" in output
+@pytest.mark.parametrize("shares", ["1", "1 -1", "2 -1", "0 0", "nan 1"])
+def test_every_folder_has_its_share(shares, tmp_path, command):
+    status, output = command(train_tiny, "train", "a", "b", f"--out={tmp_path / 'codec'}", "--shares", *shares.split())
+    assert status == 2 and "for 2 folders; give each its share, 0 or more" in output
     assert not (tmp_path / "codec").exists()
 
 
