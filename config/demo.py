@@ -32,5 +32,6 @@ valid_items = 192
 
 clip_seconds = 8.0
 evaluate_clips = 200
+cfg = 2.0
 temperature = 0.9
 top_k = 100

@@ -12,3 +12,4 @@ short_every = 0
 steps = 3500
 epoch = 875
 valid_items = 96
+cfg = 3.0

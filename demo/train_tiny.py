@@ -6,7 +6,7 @@
 
 Every batch draws from the folders by their shares, whatever their size. Tracks are held out by a hash of their name.
 The losses are spectral only, so phase is learned from the longer windows: the L1 distance of log-mel and of relative
-mel spectrograms at five resolutions (as in DAC, arXiv:2306.06546), plus the quantizer's commitment.
+mel spectrograms at six resolutions (as in DAC, arXiv:2306.06546), plus the quantizer's commitment.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from codec import SUFFIXES, load_audio, load_codec, mel_spectrogram
 from common import UserError
 from demo.tiny import TinyCodec, save_tiny
 
-RESOLUTIONS = [(128, 10), (256, 20), (512, 40), (1024, 80), (2048, 128)]  # (window, mels), a quarter window per hop
+# (window, mels), a quarter window per hop; the longest tells semitones apart, from some 200 Hz on
+RESOLUTIONS = [(128, 10), (256, 20), (512, 40), (1024, 80), (2048, 128), (4096, 256)]
 
 
 def load_folder(folder, valid):
