@@ -6,7 +6,9 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import TOY as SMALL
 from models import PIANO, make_model
@@ -231,3 +233,17 @@ def test_a_picture_of_the_epochs(toy_run, tmp_path, command):
         assert sheet.convert("L").resize((1, 1)).getpixel((0, 0)) < 200, "it is not blank"
     status, output = command(figures, toy_run[0], tmp_path / "epochs.png", "--clip", 7)
     assert status == 2 and "has no samples of a clip 7; train it with --samples=8" in output
+
+
+@pytest.mark.parametrize("suffix", ["wav", "ogg"])
+def test_a_picture_of_a_folder_of_samples(suffix, tmp_path, command):
+    pytest.importorskip("PIL")
+    about = tmp_path / "fast_bells_1.json"
+    about.write_text(json.dumps(dict(caption="fast bells", format=suffix)))
+    status, output = command(figures, tmp_path, tmp_path / "samples.png")
+    assert status == 2 and f"fast_bells_1.{suffix}" in output
+    soundfile.write(tmp_path / f"fast_bells_1.{suffix}", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
+    status, output = command(figures, tmp_path, tmp_path / "samples.png")
+    assert status == 0 and (tmp_path / "samples.png").stat().st_size > 5000, output
+    about.write_text("{}")
+    assert command(figures, tmp_path, tmp_path / "samples.png")[0] == 2

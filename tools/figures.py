@@ -54,7 +54,7 @@ def draw_samples(folder, picture):
         raise UserError(
             f"{folder}: neither a run nor a folder of samples; make some with: sample.py ... --out {folder}"
         )
-    draw_sheet([(about["caption"], path.with_suffix(".wav")) for path, about in abouts.items()], picture)
+    draw_sheet([(about["caption"], path.with_suffix(f".{about['format']}")) for path, about in abouts.items()], picture)
 
 
 def draw_sheet(rows, picture):
@@ -153,7 +153,7 @@ def main():
             draw_epochs(args.what, args.picture, args.clip)
     except ImportError as error:
         raise UserError(f"tools.figures: needs {error.name}; pip install pillow matplotlib") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, soundfile.LibsndfileError) as error:
         raise UserError(f"{args.what}: cannot be drawn ({first_line(error)})") from None
     print(f"wrote {args.picture}")
 
