@@ -89,7 +89,7 @@ def parsed(line, home):
         args += [*TOY, f"--out=out/{abs(hash(line))}", "--steps=2", "--samples=0"]
         args += ["--codec_weights=", "--codec=tiny"] if "mine32" not in line else []
         args += [f"--data={home / 'data' / 'demo'}"] if "data=" not in line else []
-    if program == "sample.py":
+    if program == "sample.py" and "--out" not in args:
         args += ["--out", f"clips/{abs(hash(line))}"]
     if "--stream" in args:
         args += ["--duration", "2"]

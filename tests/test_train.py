@@ -206,7 +206,8 @@ def test_codebook_weights_change_the_gradient_and_not_the_loss_that_is_logged(da
         ]
     plain, first_only = found[""], found["4,0,0,0"]
     assert first_only[0]["ce"] == plain[0]["ce"] and first_only[0]["grad_norm"] != plain[0]["grad_norm"]
-    assert first_only[-1]["ce_q1"] < plain[-1]["ce_q1"] and first_only[-1]["ce_q4"] > plain[-1]["ce_q4"]
+    fall = {key: [run[0][key] - run[-1][key] for run in (plain, first_only)] for key in ("ce_q1", "ce_q4")}
+    assert min(fall["ce_q1"]) > 0.2 and fall["ce_q4"][0] > 0.2 and abs(fall["ce_q4"][1]) < 0.05, fall
 
 
 def test_what_reads_the_conditions_learns_at_a_rate_of_its_own():
