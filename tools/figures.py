@@ -153,6 +153,8 @@ def main():
             draw_epochs(args.what, args.picture, args.clip)
     except ImportError as error:
         raise UserError(f"tools.figures: needs {error.name}; pip install pillow matplotlib") from None
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, soundfile.LibsndfileError) as error:
         raise UserError(f"{args.what}: cannot be drawn ({first_line(error)})") from None
     print(f"wrote {args.picture}")
