@@ -5,7 +5,6 @@ from config.demo import *  # noqa: F403
 out = "out/demo_reference"
 positions = "sinusoidal"
 codebook_weights = ()
-lr = 1e-3
 condition_lr = 1.0
 segment = 8.0
 short_every = 0

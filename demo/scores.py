@@ -176,7 +176,8 @@ def main():
         if not Path(needed).exists():
             raise common.UserError(f"{needed}: not found; apt-get install fluidsynth fluid-soundfont-gm")
     works = {f"tests/tests_{i:04d}": make_test for i in range(0, args.minutes, 10)}
-    works |= {f"music/music_{i:04d}": lambda rng: play("", make_midi(rng), SECONDS, rng) for i in range(args.minutes)}
+    for i in range(args.minutes):
+        works[f"music/music_{i:04d}"] = lambda rng: play("a composed piece", make_midi(rng), SECONDS, rng)
     for path in args.midi:
         for name, score in read_midi(path):
             works[f"midi/{name}"] = functools.partial(play, path, score, 150)

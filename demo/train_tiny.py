@@ -30,7 +30,7 @@ from codec import SUFFIXES, load_audio, load_codec, mel_spectrogram
 from common import UserError
 from demo.tiny import TinyCodec, save_tiny
 
-# (window, mels), a quarter window per hop; the longest tells semitones apart, from some 200 Hz on
+# (window, mels), a quarter window per hop; the longest tells semitones apart best below some 400 Hz
 RESOLUTIONS = [(128, 10), (256, 20), (512, 40), (1024, 80), (2048, 128), (4096, 256)]
 
 

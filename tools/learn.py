@@ -24,7 +24,6 @@ from model import MusicLM
 from tools import peers
 
 MARKS = 10  # validations of each row
-MUSICGEN = dict(positions="sinusoidal", codebook_weights=(), lr=1e-3, condition_lr=1.0)  # its own choices
 
 
 def learn(model, s, train_data, valid_data, seconds, device, autocast):
@@ -63,7 +62,8 @@ def bench_learning(names, seconds, device, autocast, overrides=()):
         prepare_demo(s.data, s.demo_clips, s.codec, s.codec_weights)
     train_data, valid_data = data.Tokens(s.data, "train"), data.Tokens(s.data, "valid")
     codec, tokenizer = data.load_codec(s.data, s.codec, s.codec_weights).describe(), data.read_tokenizer(s.data)
-    plain = dataclasses.replace(s, **MUSICGEN)
+    # MusicGen's own choices
+    plain = dataclasses.replace(s, positions="sinusoidal", codebook_weights=(), condition_lr=1.0)
     rows = {}
     for name in ("ours", "ours, plain", *names):
         torch.manual_seed(s.seed)
