@@ -281,22 +281,27 @@ def replicate(model, device):
     )
 
 
-def shard(model, device, dtype, reshard_blocks, reshard_rest=False):
+def shard(model, device, dtype, reshard_blocks, reshard_rest, send):
     """FSDP2: each block's weights, then the rest, are spread over the ranks and gathered where they are used.
 
     Blocks are gathered in `dtype`; gradients are summed in float32, and the optimizer's weights are float32 too.
     reshard_blocks, reshard_rest: whether they are spread again right after the forward pass, not after the backward.
+    send: every rank's weights become rank 0's, who alone need have any; else the ranks without have room for them.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, so only where it is needed
 
+    is_meta = next(model.parameters()).is_meta
+    weights = {} if is_meta else model.state_dict()
     mesh = dist.init_device_mesh(device.type, (world_size(),))
     for block in model.blocks:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_blocks)
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_rest)
-    if next(model.parameters()).is_meta:
+    if is_meta:
         model.to_empty(device=device)
+    if send:
+        set_state(model, weights, from_rank_0=True)
 
 
 def is_sharded(model):

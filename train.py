@@ -182,12 +182,8 @@ def main():
     if s.compile == "always" or (s.compile == "auto" and device.type == "cuda" and s.steps >= 1000):
         common.compile_blocks(model, device)
     if is_sharded:
-        drawn = model.state_dict() if has_weights else {}
-        common.shard(model, device, dtype, s.reshard_after_forward)
-        common.shard(ema.module, device, dtype, True, True)  # no backward pass would spread it again
-        for part in [] if saved else [model, ema.module]:
-            common.set_state(part, drawn, from_rank_0=True)
-        del drawn
+        common.shard(model, device, dtype, s.reshard_after_forward, False, send=not saved)
+        common.shard(ema.module, device, dtype, True, True, send=not saved)  # no backward pass would spread it again
         net = model
     else:
         for part in (model, ema.module):
