@@ -1,6 +1,6 @@
 """Trains a MusicGen, top to bottom: restore, then per epoch train, valid, best, evaluate, generate, commit.
 
-    python train.py config/demo.py                   # text to music on a laptop, in a quarter of an hour
+    python train.py config/demo.py                   # text to music on a laptop, in twenty minutes
     torchrun --nproc_per_node=8 train.py config/small.py --data=data/mine
     torchrun --nproc_per_node=8 train.py config/large.py --data=data/mine
     python train.py --help                           # every setting

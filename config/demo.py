@@ -1,4 +1,4 @@
-"""Text to music in a quarter of an hour on a laptop, with nothing to download but the packages.
+"""Text to music in twenty minutes on a laptop, with nothing to download but the packages.
 
 The corpus is synthesised and its captions with it, the codec ships with the repository. Where this departs from
 MusicGen (config/demo_reference.py) it is to obey captions sooner: short items, and shorter ones in turn, have more
@@ -8,7 +8,7 @@ rhythm; and what reads the caption learns at half the rate, or it falls behind t
 
 out = "out/demo"
 data = "data/demo"
-demo_clips = 3000
+demo_clips = 6000
 segment = 4.0
 batch_size = 2
 short_every = 2
