@@ -286,7 +286,7 @@ def shard(model, device, dtype, reshard_blocks, reshard_rest, send):
 
     Blocks are gathered in `dtype`; gradients are summed in float32, and the optimizer's weights are float32 too.
     reshard_blocks, reshard_rest: whether they are spread again right after the forward pass, not after the backward.
-    send: every rank's weights become rank 0's, who alone need have any; else the ranks without have room for them.
+    send: rank 0 sends its weights to the others, which need have none (a model on "meta"); else they are not set.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, so only where it is needed
 
