@@ -281,12 +281,12 @@ def replicate(model, device):
     )
 
 
-def shard(model, device, dtype, reshard_blocks, reshard_rest, send):
+def shard(model, device, dtype, reshard_blocks, reshard_rest=False, *, broadcast):
     """FSDP2: each block's weights, then the rest, are spread over the ranks and gathered where they are used.
 
     Blocks are gathered in `dtype`; gradients are summed in float32, and the optimizer's weights are float32 too.
     reshard_blocks, reshard_rest: whether they are spread again right after the forward pass, not after the backward.
-    send: rank 0 sends its weights to the others, which need have none (a model on "meta"); else they are not set.
+    broadcast: rank 0 sends its weights to the others, which need have none (a model on "meta"); else they are not set.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, so only where it is needed
 
@@ -300,7 +300,7 @@ def shard(model, device, dtype, reshard_blocks, reshard_rest, send):
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_rest)
     if is_meta:
         model.to_empty(device=device)
-    if send:
+    if broadcast:
         set_state(model, weights, from_rank_0=True)
 
 

@@ -182,8 +182,9 @@ def main():
     if s.compile == "always" or (s.compile == "auto" and device.type == "cuda" and s.steps >= 1000):
         common.compile_blocks(model, device)
     if is_sharded:
-        common.shard(model, device, dtype, s.reshard_after_forward, False, send=not saved)
-        common.shard(ema.module, device, dtype, True, True, send=not saved)  # no backward pass would spread it again
+        common.shard(model, device, dtype, s.reshard_after_forward, broadcast=not saved)
+        # the EMA has no backward pass, after which its weights would be spread again
+        common.shard(ema.module, device, dtype, True, True, broadcast=not saved)
         net = model
     else:
         for part in (model, ema.module):

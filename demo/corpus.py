@@ -1,6 +1,6 @@
 """The corpus of the text-to-music demo: short captioned pieces, synthesised by numpy from a fixed seed.
 
-    python -m demo.corpus data/demo_audio --clips 3000
+    python -m demo.corpus data/demo_audio --clips 6000
 
 Each clip has five attributes (instrument, tempo, mode, texture, drums), stated in its caption and plain in its sound,
 so that a probe can tell whether a model trained on the corpus does what its captions ask.
