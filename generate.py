@@ -31,17 +31,22 @@ def load_model(path, device="cpu"):
 
 
 class KVCache:
-    """One block's keys and values, in buffers of a fixed size [R, H, steps, D / H]; the text's, computed once."""
+    """One block's keys and values, in buffers of a fixed size [R, H, steps, D / H]; the text's, computed once.
+
+    On a CPU they are float32, for `model.attention`.
+    """
 
     def __init__(self, block, states, steps):
         self.cross = block.split(block.cross_kv(states), 2).contiguous()
+        if states.device.type == "cpu":
+            self.cross = self.cross.float()
         R, H, _, d = self.cross[0].shape
         self.k, self.v = self.cross.new_zeros(R, H, steps, d), self.cross.new_zeros(R, H, steps, d)
 
     def update(self, input_pos, k, v, W):
         """Puts k and v [R, H, S, D / H] at the steps `input_pos` [S]; returns what the first W steps hold."""
-        self.k.index_copy_(2, input_pos, k)
-        self.v.index_copy_(2, input_pos, v)
+        self.k.index_copy_(2, input_pos, k.to(self.k.dtype))
+        self.v.index_copy_(2, input_pos, v.to(self.v.dtype))
         return self.k[:, :, :W], self.v[:, :, :W]
 
 

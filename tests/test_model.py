@@ -6,7 +6,7 @@ from conftest import finish, start
 from models import CODEC, ORGAN, PIANO, make_batch, make_model
 
 from conditioning import to_device
-from model import freeze, rotate, rotations, sinusoids
+from model import attention, freeze, rotate, rotations, sinusoids
 
 
 @pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
@@ -20,6 +20,23 @@ def test_a_melody_stands_where_its_frames_do_and_a_style_nowhere(pattern):
     prefix, _ = model.add_positions(torch.zeros(1, model.conditioner.rows + 7, 32), model.positions(7))
     shifts = [(prefix[0, :rows] - sinusoids(steps + shift, 32)).abs().mean() for shift in range(-8, 9)]
     assert -6 <= range(-8, 9)[int(torch.stack(shifts).argmin())] <= 0, "within a frame of where its codes stand"
+
+
+@pytest.mark.parametrize("S, kind", [(1, "mask"), (40, "mask"), (40, "causal"), (600, "causal")])
+@pytest.mark.parametrize("cached", [False, True])
+def test_attention_in_bfloat16_is_that_of_float32(S, kind, cached):
+    """Values and gradients, where torch's own is called and where it is not, and with a cache in float32."""
+    q, k, v = torch.randn(3, 2, 4, S + 5, 16).bfloat16()
+    q, mask = q[:, :, :S] if kind == "mask" else q, torch.rand(2, 1, 1, S + 5) > 0.3
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        kv_dtype = torch.float32 if cached else dtype
+        leaves = [x.detach().to(to).requires_grad_() for x, to in ((q, dtype), (k, kv_dtype), (v, kv_dtype))]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = attention(*leaves, mask) if kind == "mask" else attention(*leaves, is_causal=True)
+        found.append([out.detach(), *torch.autograd.grad((out * v[:, :, : out.shape[2]]).sum(), leaves)])
+    for exact, rounded in zip(*found):
+        torch.testing.assert_close(rounded.float(), exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
 
 
 def test_rotary_positions_are_relative():
