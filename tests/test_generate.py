@@ -241,3 +241,4 @@ def test_weights_in_columns_choose_the_same_codes(amd, monkeypatch):
     block = optimize(model).blocks[0]
     assert block.up.weight.is_contiguous() != amd and block.down.weight.is_contiguous()
     assert torch.equal(generate(model, [PIANO, ORGAN], 12, seeds=[1, 2]), codes)
+    assert optimize(make_model(), torch.bfloat16).blocks[0].up.weight.is_contiguous()
