@@ -86,7 +86,7 @@ def parse_arguments(words=None):
                         " little-endian samples for a player, as above, as loud as the model has it")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if there is one)")
     parser.add_argument("--dtype", choices=config.CHOICES["dtype"], default="auto", help="of the weights and of what is"
-                        " computed (default auto: bfloat16 where the device computes in it, else float32)")  # fmt: skip
+                        " computed (default auto: bfloat16 where it is faster, else float32)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile first, half a minute or less: worth it for long"
                         " music, or for much of it")  # fmt: skip
     parser.add_argument("--codec_weights", help="file, where the codec's own are elsewhere than in training")
@@ -145,9 +145,12 @@ def load(args):
     """-> (the checkpoint's model, ready to generate, its Settings, its codec), on the device that is asked for."""
     device, dtype = common.pick_device(args.device, args.dtype)
     model, s, description = load_model(args.checkpoint, device)
+    if device.type == "cpu" and s.dim <= 256:
+        # A second thread gains such small steps nothing, and on a busy machine each of some hundred operations would
+        # wait for it. Nor does bfloat16, unless the step is compiled.
+        torch.set_num_threads(1)
+        dtype = torch.float32 if args.dtype == "auto" and not args.compile else dtype
     optimize(model, dtype, args.compile)
-    if device.type == "cpu" and s.dim <= 256:  # whose steps gain nothing from a second thread, and on a busy machine
-        torch.set_num_threads(1)  # would wait for it at each of some hundred operations
     codec = load_codec(description["name"], s.codec_weights if args.codec_weights is None else args.codec_weights)
     if codec.id != description["id"]:
         raise UserError(f"{args.checkpoint} was trained on codec {description['id']}, and the one found is {codec.id}")

@@ -182,6 +182,15 @@ def test_words_that_training_never_met_are_said_once(play, tmp_path):
     assert "trained with" not in play("A SLOW PIANO MELODY", "--seed", 5)
 
 
+def test_a_small_model_on_a_cpu_takes_bfloat16_only_where_asked_or_compiled(toy_run, monkeypatch):
+    monkeypatch.setattr("common.has_fast_bfloat16", lambda device_type: True)
+    taken = {}
+    for words in ("", "--dtype bfloat16", "--compile"):
+        args = sample.parse_arguments([str(toy_run[0] / "best.pt"), "bells", "--device", "cpu", *words.split()])
+        taken[words] = sample.load(args)[0].heads.weight.dtype
+    assert taken == {"": torch.float32, "--dtype bfloat16": torch.bfloat16, "--compile": torch.bfloat16}
+
+
 def test_a_spectrogram_beside_each_clip_where_pillow_is(play, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(sample, "draw_spectrogram", lambda path, picture, rate: drawn.append((picture.name, rate)))
