@@ -55,11 +55,11 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
-def attention(q, k, v, mask=None, is_causal=False):
+def attention(q, k, v, mask, is_causal=False):
     """softmax(q k^T / sqrt(d)) v over the keys where `mask` [..., S, W] says: q [B, H, S, d], k and v [B, H, W, d].
 
-    torch's own is slow in bfloat16 on a CPU: the formula takes half its time in training, up to some 512 steps, and
-    float32 a fourth in generation, where the KV cache has it.
+    mask: None where is_causal. torch's own is slow in bfloat16 on a CPU: in training, up to some 512 steps, the formula
+    itself takes half the time, and in generation float32 takes a fourth, so the KV cache is float32 there.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 512:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)

@@ -33,7 +33,7 @@ def test_attention_in_bfloat16_is_that_of_float32(S, kind, cached):
         kv_dtype = torch.float32 if cached else dtype
         leaves = [x.detach().to(to).requires_grad_() for x, to in ((q, dtype), (k, kv_dtype), (v, kv_dtype))]
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            out = attention(*leaves, mask) if kind == "mask" else attention(*leaves, is_causal=True)
+            out = attention(*leaves, mask) if kind == "mask" else attention(*leaves, None, is_causal=True)
         found.append([out.detach(), *torch.autograd.grad((out * v[:, :, : out.shape[2]]).sum(), leaves)])
     for exact, rounded in zip(*found):
         torch.testing.assert_close(rounded.float(), exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
