@@ -33,12 +33,12 @@ def load_model(path, device="cpu"):
 class KVCache:
     """One block's keys and values, in buffers of a fixed size [R, H, steps, D / H]; the text's, computed once.
 
-    On a CPU they are float32, for `model.attention`.
+    In bfloat16 on a CPU they are float32, for `model.attention`.
     """
 
     def __init__(self, block, states, steps):
         self.cross = block.split(block.cross_kv(states), 2).contiguous()
-        if states.device.type == "cpu":
+        if states.device.type == "cpu" and self.cross.dtype == torch.bfloat16:
             self.cross = self.cross.float()
         R, H, _, d = self.cross[0].shape
         self.k, self.v = self.cross.new_zeros(R, H, steps, d), self.cross.new_zeros(R, H, steps, d)

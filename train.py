@@ -184,7 +184,7 @@ def main():
     if is_sharded:
         common.shard(model, device, dtype, s.reshard_after_forward, broadcast=not saved)
         # the EMA has no backward pass, after which its weights would be spread again
-        common.shard(ema.module, device, dtype, True, True, broadcast=not saved)
+        common.shard(ema.module, device, dtype, True, reshard_rest=True, broadcast=not saved)
         net = model
     else:
         for part in (model, ema.module):

@@ -4,13 +4,14 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import CODEC, EXCERPTS, ORGAN, PIANO, TOKENIZER, make_model
 
 import generate as generation
 from common import UserError
 from config import Settings
 from generate import choose_codes, condition_groups, generate, guide, optimize, stream
-from model import MusicLM, pattern_on
+from model import MusicLM, attention, pattern_on
 
 
 def test_a_condition_that_the_model_was_not_trained_with_is_refused():
@@ -242,3 +243,23 @@ def test_weights_in_columns_choose_the_same_codes(amd, monkeypatch):
     assert block.up.weight.is_contiguous() != amd and block.down.weight.is_contiguous()
     assert torch.equal(generate(model, [PIANO, ORGAN], 12, seeds=[1, 2]), codes)
     assert optimize(make_model(), torch.bfloat16).blocks[0].up.weight.is_contiguous()
+
+
+def test_in_bfloat16_a_cpu_attends_by_products_in_training_and_in_float32_in_generation(monkeypatch):
+    """torch's own gives the same numbers, only later (NOTES.md), so what it is called with is watched."""
+    called, torchs_own = [], F.scaled_dot_product_attention
+
+    def watched(q, k, *rest, **options):
+        called.append((q.dtype, k.dtype))
+        return torchs_own(q, k, *rest, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for S in (512, 513):
+        attention(*torch.randn(3, 1, 2, S, 8).bfloat16(), None, is_causal=True)
+    assert called == [(torch.bfloat16, torch.bfloat16)], "beyond 512 steps the memory of the products counts"
+    for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
+        model = optimize(make_model(), dtype)
+        with torch.inference_mode(), generation.precision(model):
+            cache = generation.KVCache(model.blocks[0], torch.randn(2, 5, 32), 8)
+            attention(torch.randn(2, 2, 1, 16).to(dtype), cache.k, cache.v, torch.ones(1, 8, dtype=torch.bool))
+        assert cache.k.dtype == cache.cross.dtype == kept and called[-1] == (kept, kept)
