@@ -68,10 +68,11 @@ class Codec:
     channels, K (of all channels together), card, dim (width of the latents, likewise), and id, which goes into shards
     and checkpoints so that codes never meet a model of another codec.
     behind and ahead: the frames before and after one that its samples depend on, as far as `decode_stream` looks.
+    period: the frames after which its oscillators, if it has any, stand as at its first.
     """
 
-    def __init__(self, name, model, K, behind, ahead, channels=1):
-        self.name, self.behind, self.ahead = name, behind, ahead
+    def __init__(self, name, model, K, behind, ahead, period=1, channels=1):
+        self.name, self.behind, self.ahead, self.period = name, behind, ahead, period
         self.model = model.float().eval().requires_grad_(False)
         self.sample_rate, self.channels, self.frame_rate = model.sample_rate, channels, model.frame_rate
         self.mono_K, self.K, self.card = K, K * channels, model.quantizer.bins
@@ -169,8 +170,8 @@ def decode_stream(codec, parts, n=25):
         while codes.shape[2] >= decoded + n + codec.ahead:
             wav = codec.decode(codes[:, :, : decoded + n + codec.ahead])
             yield wav[:, :, decoded * codec.hop : (decoded + n) * codec.hop]
-            kept = min(decoded + n, codec.behind)
-            codes, decoded = codes[:, :, decoded + n - kept :], kept
+            dropped = max(0, decoded + n - codec.behind) // codec.period * codec.period
+            codes, decoded = codes[:, :, dropped:], decoded + n - dropped
     yield codec.decode(codes)[:, :, decoded * codec.hop :]
 
 
@@ -209,7 +210,7 @@ def load_codec(name, weights=""):
     K = description["K"] // channels
     if name.startswith("tiny"):
         model = tiny.load_tiny(weights or tiny.WEIGHTS)
-        return Codec(name, model, K, behind=model.reach, ahead=model.reach, channels=channels)
+        return Codec(name, model, K, model.reach, model.reach, tiny.PERIOD, channels)
     if name.startswith("encodec_24khz"):
         # It is causal, but for the reflection at the start. Its LSTM hears all that was; two seconds are taken for all.
         return Codec(name, load_encodec_24khz(weights), K, behind=150, ahead=7, channels=channels)

@@ -95,12 +95,17 @@ def tempo_of(onsets):
     return float(beats * 60 * ONSET_RATE / near[correlation[near].argmax()])
 
 
-def key_of(chroma):
-    """Chroma [12, T'] -> the index in KEYS whose profile correlates best (Krumhansl and Kessler, 1982), or -1."""
+def key_matches(chroma):
+    """Chroma [12, T'] -> [24], its correlation with the profile of each of KEYS (Krumhansl and Kessler, 1982)."""
     major = [6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88]
     minor = [6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17]
     if not chroma.any():
-        return -1
+        return np.zeros(24)
     profiles = np.array([np.roll(profile, tonic) for profile in (major, minor) for tonic in range(12)])
-    matches = np.corrcoef(chroma.sqrt().mean(1), profiles)[0, 1:]
+    return np.corrcoef(chroma.sqrt().mean(1), profiles)[0, 1:]
+
+
+def key_of(chroma):
+    """Chroma [12, T'] -> the index in KEYS of the one that matches best, or -1."""
+    matches = key_matches(chroma)
     return int(matches.argmax()) if matches.max() > 0.5 else -1

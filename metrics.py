@@ -35,6 +35,7 @@ from codec import file_name, load_audio, mel_spectrogram, write_audio
 from common import UserError
 from conditioning import SILENCE, chromagram
 from generate import generate, load_model
+from listen import key_matches
 
 LARGEST_CLASS_COUNT = 7  # an attribute with more values than this is no class to probe for
 PROBE_CLIPS = 600  # real clips that the probe learns from, at least, where there are so many
@@ -115,12 +116,13 @@ def attributes_of(tokens):
 
 
 def features(wav, sample_rate):
-    """wav [N, samples] -> [N, F]: mean and deviation of each mel band, and the autocorrelation of the onsets.
+    """wav [N, samples] -> [N, F]: mean and deviation of each mel band, autocorrelation of the onsets, matches of keys.
 
     All clips are brought to one loudness first, so that the probe cannot go by level.
     Onsets are the half-wave rectified rise of the log-mel spectrogram (spectral flux); their autocorrelation over lags
-    of 0.1 to 2 s shows the beat whatever its place in the clip.
+    of 0.1 to 2 s shows the beat whatever its place in the clip. The last two are of the best major and minor keys.
     """
+    keys = torch.tensor(np.array([key_matches(chroma) for chroma in chromagram(wav, sample_rate).cpu()])).to(wav)
     wav = 0.1 * wav / wav.square().mean(1, keepdim=True).sqrt().clamp(min=1e-4)
     hop = sample_rate // 50
     mel = (mel_spectrogram(wav, sample_rate, n_fft=1024, hop=hop) + 0.1).log()
@@ -129,7 +131,7 @@ def features(wav, sample_rate):
     spectrum = torch.fft.rfft(flux, n=max(202, 2 * flux.shape[1])).abs().square()  # lags past a short clip are 0
     correlation = torch.fft.irfft(spectrum)[:, :101]
     correlation = correlation[:, 5:] / correlation[:, :1].clamp(min=1e-8)
-    return torch.cat([mel.mean(2), mel.std(2), correlation], dim=1)
+    return torch.cat([mel.mean(2), mel.std(2), correlation, keys.unflatten(1, (2, 12)).amax(2)], dim=1)
 
 
 class Probe:

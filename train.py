@@ -224,14 +224,16 @@ def main():
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, functools.partial(request_stop, signals))
-    prepare, micro_batch = model.conditioner.prepare, s.micro_batch or s.batch_size // world_size
+    prepare = model.conditioner.prepare
+    micro_batch = s.micro_batch or s.batch_size // world_size
     batches = data.loader(data.TrainingSteps(train_data, prepare, T, s, rank, world_size), step, device)
     words = sorted({*train_data.words(), *(start_from or {}).get("words", ())}) if rank == 0 else []  # who alone saves
     described = dict(settings=vars(s), codec=codec.describe(), tokenizer=tokenizer, words=words,
                      data=train_data.meta.get("checksums"))  # in every checkpoint  # fmt: skip
     if saved and saved.get("data") not in (None, described["data"]):
         print(f"{s.data} holds other data than before: what follows is not what an unbroken run would give")
-    flops, peak = functools.cache(model.flops), world_size * (common.peak_flops(device, dtype) or math.inf)
+    flops = functools.cache(model.flops)
+    peak = world_size * (common.peak_flops(device, dtype) or math.inf)
     bar = tqdm(total=s.steps, initial=step, desc="training", file=sys.stdout, mininterval=1, smoothing=0.05)
     resumed_at, stopping, skipped_in_a_row, since = step, False, 0, Since()
 

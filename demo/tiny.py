@@ -1,11 +1,16 @@
 """The network of the `tiny` codec: encodec's residual VQ between a ConvNeXt encoder and a Vocos-like decoder.
 
+As long as the codes stay the same, a decoder of spectra plays one frame like the next, so that a held tone becomes a
+multiple of the frame rate: 450 Hz for 440. So this one has oscillators too, which run on from frame to frame.
+
 Made by demo/train_tiny.py; the weights are demo/tiny.pt, and demo/README.md is their card.
 
-Letters: B batch, T frames, D width, K codebooks.
+Letters: B batch, T frames, D width, K codebooks, N tones.
 """
 
+import io
 import math
+import zipfile
 from pathlib import Path
 
 import torch
@@ -16,7 +21,25 @@ from torch import nn
 from common import UserError, first_line
 
 WEIGHTS = Path(__file__).parent / "tiny.pt"
-CODEC_FORMAT = 1
+CODEC_FORMAT = 2
+SAMPLE_RATE, FRAME_RATE, HOP = 16_000, 50, 320
+# Hz: quarter tones from a double bass's lowest note to 2.5 kHz. They are even, so that after half a second, PERIOD
+# frames, each stands where it began, and a stream can be decoded from there.
+TONES = (41.2 * 2 ** (torch.arange(143) / 24) / 2).round().unique() * 2
+PERIOD = FRAME_RATE // 2
+
+
+def log_stft(wav, n_fft, bins=slice(None)):
+    """wav [B, T * HOP] -> log-magnitudes of these bins [B, bins, T]; frame t is centred on its own hop."""
+    side, window = (n_fft - HOP) // 2, torch.hann_window(n_fft, device=wav.device)
+    stft = torch.stft(F.pad(wav, (side, side)), n_fft, HOP, window=window, center=False, return_complex=True)
+    return stft[:, bins].abs().clamp(min=1e-4).log()
+
+
+def tone_levels(wav, n_fft=4096):
+    """wav [B, T * HOP] -> how loud each of TONES is, [B, N, T]: the log-amplitude of a sinusoid there."""
+    bins = (TONES * n_fft / SAMPLE_RATE).round().long()
+    return log_stft(wav, n_fft, bins) - math.log(n_fft / 4)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -36,73 +59,90 @@ class ConvNeXtBlock(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Log-magnitude STFT frames -> latents: [B, 1, samples] -> [B, D, T]. Only the magnitude is heard."""
+    """Log-magnitude STFT frames and tone levels -> latents: [B, 1, samples] -> [B, D, T]. No phase is heard."""
 
-    def __init__(self, n_fft, hop, dim, hidden, layers, latent):
+    def __init__(self, n_fft, dim, hidden, layers, latent):
         super().__init__()
-        self.n_fft, self.hop = n_fft, hop
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.n_fft = n_fft
         self.inp = nn.Conv1d(n_fft // 2 + 1, dim, 3, padding=1)
+        self.tones = nn.Conv1d(len(TONES), dim, 1)
         self.blocks = nn.Sequential(*[ConvNeXtBlock(dim, hidden, layers) for _ in range(layers)])
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, latent)
 
     def forward(self, wav):
-        wav = F.pad(wav[:, 0], (0, -wav.shape[-1] % self.hop))
-        side = (self.n_fft - self.hop) // 2  # so that frame t is centred on its own hop and T = samples / hop
-        wav = F.pad(wav, (side, side))
-        stft = torch.stft(wav, self.n_fft, self.hop, window=self.window, center=False, return_complex=True)
-        x = self.inp(stft.abs().clamp(min=1e-4).log())
+        wav = F.pad(wav[:, 0], (0, -wav.shape[-1] % HOP))
+        x = self.inp(log_stft(wav, self.n_fft)) + self.tones(tone_levels(wav))
         return self.out(self.norm(self.blocks(x).transpose(1, 2))).transpose(1, 2)
 
 
 class TinyDecoder(nn.Module):
-    """Latents -> magnitude and phase -> inverse STFT (Vocos, arXiv:2306.00814): [B, D, T] -> [B, 1, T * hop]."""
+    """Latents -> magnitude and phase -> inverse STFT (Vocos, arXiv:2306.00814): [B, D, T] -> [B, 1, T * HOP].
 
-    def __init__(self, n_fft, hop, dim, hidden, layers, latent):
+    To its frames the oscillators are added, one for each of TONES, as loud as `tones` says frame by frame.
+    """
+
+    def __init__(self, n_fft, dim, hidden, layers, latent):
         super().__init__()
-        self.n_fft, self.hop = n_fft, hop
+        self.n_fft = n_fft
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
         self.inp = nn.Conv1d(latent, dim, 7, padding=3)
         self.blocks = nn.Sequential(*[ConvNeXtBlock(dim, hidden, layers) for _ in range(layers)])
         self.norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, n_fft + 2)
+        self.tones = nn.Linear(dim, len(TONES))
 
     def forward(self, latents):
-        x = self.norm(self.blocks(self.inp(latents)).transpose(1, 2))
+        return self.play(self.features(latents))
+
+    def features(self, latents):
+        """[B, D, T] -> [B, T, dim]."""
+        return self.norm(self.blocks(self.inp(latents)).transpose(1, 2))
+
+    def play(self, x):
+        """[B, T, dim] -> [B, 1, T * HOP]."""
         log_magnitude, phase = self.out(x).transpose(1, 2).chunk(2, dim=1)
         spectrum = torch.polar(log_magnitude.clamp(max=7).exp(), phase)
-        frames = torch.fft.irfft(spectrum, self.n_fft, dim=1) * self.window[:, None]
-        length = self.n_fft + self.hop * (frames.shape[-1] - 1)
-        weight = self.window.square()[:, None].expand(-1, frames.shape[-1])[None]
-        fold = dict(output_size=(1, length), kernel_size=(1, self.n_fft), stride=(1, self.hop))
+        window = self.window[:, None]
+        frames = (torch.fft.irfft(spectrum, self.n_fft, dim=1) + window * self.oscillators(self.tones(x))) * window
+        length = self.n_fft + HOP * (frames.shape[-1] - 1)
+        weight = window.square().expand(-1, frames.shape[-1])[None]
+        fold = dict(output_size=(1, length), kernel_size=(1, self.n_fft), stride=(1, HOP))
         wav = F.fold(frames, **fold) / F.fold(weight, **fold).clamp(min=1e-8)
-        side = (self.n_fft - self.hop) // 2
+        side = (self.n_fft - HOP) // 2
         return wav[:, :, 0, side:-side]
+
+    def oscillators(self, levels):
+        """Log-amplitudes [B, T, N] -> frames [B, n_fft, T], by cos(a + b) = cos a cos b - sin a sin b."""
+        amplitude, radians = levels.clamp(max=1).exp(), 2 * math.pi * TONES.to(levels) / SAMPLE_RATE  # a sample
+        start = torch.arange(levels.shape[1], device=levels.device)[:, None] % PERIOD * HOP * radians
+        within = torch.arange(self.n_fft, device=levels.device)[:, None] * radians
+        tones = torch.cat([amplitude * start.cos(), -amplitude * start.sin()], dim=2)
+        return torch.cat([within.cos(), within.sin()], dim=1) @ tones.transpose(1, 2)
 
 
 class TinyCodec(nn.Module):
     """Frames in, frames out, with encodec's own residual VQ between; the same three parts as `EncodecModel`."""
 
-    sample_rate, channels, frame_rate = 16_000, 1, 50
+    sample_rate, channels, frame_rate = SAMPLE_RATE, 1, FRAME_RATE
 
-    def __init__(self, n_fft=1024, hop=320, dim=192, hidden=576, encoder_layers=4, decoder_layers=6,
+    def __init__(self, n_fft=1024, dim=192, hidden=576, encoder_layers=4, decoder_layers=6,
                  latent=64, K=4, card=512):  # fmt: skip
         super().__init__()
-        self.config = dict(n_fft=n_fft, hop=hop, dim=dim, hidden=hidden, encoder_layers=encoder_layers,
+        self.config = dict(n_fft=n_fft, dim=dim, hidden=hidden, encoder_layers=encoder_layers,
                            decoder_layers=decoder_layers, latent=latent, K=K, card=card)  # fmt: skip
-        self.encoder = TinyEncoder(n_fft, hop, dim, hidden, encoder_layers, latent)
+        self.encoder = TinyEncoder(n_fft, dim, hidden, encoder_layers, latent)
         # A batch holds about 1.5 frames per code, so encodec's default threshold of 2 would expire codes in use.
         self.quantizer = ResidualVectorQuantizer(latent, n_q=K, bins=card, kmeans_iters=10, threshold_ema_dead_code=0.1)
-        self.decoder = TinyDecoder(n_fft, hop, dim, hidden, decoder_layers, latent)
-        self.reach = 3 * (1 + decoder_layers) + math.ceil((n_fft - hop) / (2 * hop))  # frames heard on either side
+        self.decoder = TinyDecoder(n_fft, dim, hidden, decoder_layers, latent)
+        self.reach = 3 * (1 + decoder_layers) + math.ceil((n_fft - HOP) / (2 * HOP))  # frames heard on either side
 
 
 def load_tiny(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("codec_format") != CODEC_FORMAT:
-            raise UserError("not a tiny codec")
+            raise UserError("not a tiny codec of this version")
         model = TinyCodec(**saved["config"])
         model.load_state_dict({key: value.float() for key, value in saved["model"].items()})
     except FileNotFoundError:
@@ -113,9 +153,13 @@ def load_tiny(path):
 
 
 def save_tiny(model, path, **about):
-    """In half precision, and without the codebooks' running averages, which only training needs: zeros stand there."""
+    """In half precision, deflated, and without the codebooks' running averages, which only training needs: zeros."""
     state = {key: value.half() for key, value in model.state_dict().items()}
     for key in state:
         if key.endswith(("embed_avg", "cluster_size")):
             state[key] = torch.zeros(1, dtype=torch.half).expand_as(state[key])
-    torch.save({"codec_format": CODEC_FORMAT, "config": model.config, "model": state, "about": about}, path)
+    plain = io.BytesIO()
+    torch.save({"codec_format": CODEC_FORMAT, "config": model.config, "model": state, "about": about}, plain)
+    with zipfile.ZipFile(plain) as parts, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as smaller:
+        for name in parts.namelist():
+            smaller.writestr(name, parts.read(name))

@@ -6,7 +6,8 @@
 
 Every batch draws from the folders by their shares, whatever their size. Tracks are held out by a hash of their name.
 The losses are spectral only, so phase is learned from the longer windows: the L1 distance of log-mel and of relative
-mel spectrograms at six resolutions (as in DAC, arXiv:2306.06546), plus the quantizer's commitment.
+mel spectrograms at six resolutions (as in DAC, arXiv:2306.06546) and of the oscillators' levels, plus the quantizer's
+commitment.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from tqdm import tqdm
 import common
 from codec import SUFFIXES, load_audio, load_codec, mel_spectrogram
 from common import UserError
-from demo.tiny import TinyCodec, save_tiny
+from demo.tiny import TinyCodec, save_tiny, tone_levels
 
 # (window, mels), a quarter window per hop; the longest tells semitones apart best below some 400 Hz
 RESOLUTIONS = [(128, 10), (256, 20), (512, 40), (1024, 80), (2048, 128), (4096, 256)]
@@ -66,6 +67,16 @@ def spectral_loss(output, target):
         relative = (a - b).abs().mean((1, 2)) / (b.mean((1, 2)) + floor)
         total = total + ((a + floor).log() - (b + floor).log()).abs().mean() + relative.mean()
     return total / len(RESOLUTIONS)
+
+
+def tone_loss(levels, wav):
+    """Decoded tone levels [B, T, N] against those of wav [B, samples]: their L1 distance where either is above -60 dB.
+
+    Without it the oscillators stay silent: a wrong tone costs more spectral loss than none.
+    """
+    floor = math.log(1e-3)
+    target = tone_levels(wav).clamp(min=floor).transpose(1, 2)
+    return ((levels - target).abs() * ((target > floor) | (levels > floor))).mean()
 
 
 def distances(output, target):
@@ -171,9 +182,9 @@ def train(args):
         latents = model.encoder(wav[:, None])
         quantized = model.quantizer(latents, model.frame_rate)
         revive(model.quantizer, latents.detach(), quantized.codes)
-        output = model.decoder(quantized.quantized)[:, 0]
-        reconstruction = spectral_loss(output, wav)
-        loss = reconstruction + 0.25 * quantized.penalty
+        features = model.decoder.features(quantized.quantized)
+        reconstruction = spectral_loss(model.decoder.play(features)[:, 0], wav)
+        loss = reconstruction + 0.5 * tone_loss(model.decoder.tones(features), wav) + 0.25 * quantized.penalty
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,5 +1,6 @@
 """The frozen codec: wav to codes and back, streamed or whole, mono or stereo; audio files."""
 
+import math
 import shutil
 import struct
 import urllib.error
@@ -13,8 +14,9 @@ from encodec import EncodecModel
 
 from codec import decode_stream, describe_codec, encode_long, load_audio, load_codec, mp3_seconds, write_audio
 from common import UserError
+from conditioning import chromagram
 from demo import corpus, scores, train_tiny
-from demo.tiny import WEIGHTS, TinyCodec
+from demo.tiny import TONES, WEIGHTS, TinyCodec
 from demo.train_tiny import distances
 
 
@@ -137,6 +139,25 @@ def test_tokens_of_another_bandwidth_are_another_codec():
     for name in ("encodec_24khz:5", "tiny:3", "musicgen_32khz:3", "mp3", "tiny:stereo:stereo", "encodec_48khz"):
         with pytest.raises(UserError):
             describe_codec(name)
+
+
+def test_music_keeps_its_pitch(codec):
+    wav = torch.stack([torch.from_numpy(corpus.make_clip(17, i)[0][:80_000]) for i in range(16)])
+    coded = codec.decode(codec.encode(wav[:, None]))[:, 0]
+    before, after = (chromagram(x, codec.sample_rate) for x in (wav, coded))
+    assert torch.cosine_similarity(before, after, dim=1).mean() > 0.86
+
+
+def test_an_oscillator_runs_on_from_frame_to_frame():
+    decoder, n = TinyCodec().decoder, 60
+    with torch.no_grad():
+        for layer in (decoder.out, decoder.tones):
+            layer.weight.zero_()
+            layer.bias.fill_(-30)
+        decoder.tones.bias[n] = math.log(0.5)
+        wav = decoder.play(torch.zeros(1, 100, 192))[0, 0]
+    radians = 2 * math.pi * TONES[n] / 16_000 * (torch.arange(len(wav)) + (1024 - 320) // 2)
+    torch.testing.assert_close(wav[1000:-1000], 0.5 * radians.cos()[1000:-1000], atol=1e-3, rtol=0)
 
 
 def test_decoding_a_stream_leaves_no_seam():
