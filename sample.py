@@ -153,7 +153,7 @@ def load(args):
     optimize(model, dtype, args.compile)
     codec = load_codec(description["name"], s.codec_weights if args.codec_weights is None else args.codec_weights)
     if codec.id != description["id"]:
-        raise UserError(f"{args.checkpoint}: trained on codec {description['id']}, not {codec.id}; give --codec_weights")
+        raise UserError(f"{args.checkpoint} is of codec {description['id']}, not {codec.id}; give --codec_weights")
     return model, s, codec.to(device)
 
 

@@ -18,6 +18,7 @@ import train
 from codec import write_audio
 from common import UserError
 from demo import corpus as demo_corpus
+from demo.tiny import WEIGHTS
 
 TONE = 0.3 * np.sin(np.arange(32_000) / 10)
 
@@ -139,6 +140,16 @@ def test_data_of_another_codec(command, own_dataset, tmp_path):
     refused(command(train, *args), "was prepared with codec tiny-K4-00000000")
     refused(command(train, *TOY, f"--data={tmp_path}"), "not a prepared data set", "prepare.py")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_codec(command, toy_run, tmp_path):
+    saved, codec = load(toy_run[0] / "best.pt"), load(WEIGHTS)
+    saved["codec"]["id"] = "tiny-K4-00000000"
+    torch.save(saved, tmp_path / "best.pt")
+    args = (tmp_path / "best.pt", "bells", "--device", "cpu", "--out", tmp_path / "out")
+    refused(command(sample, *args), "is of codec tiny-K4-00000000", "give --codec_weights")
+    torch.save(codec | {"codec_format": 1}, tmp_path / "old.pt")
+    refused(command(sample, *args, "--codec_weights", tmp_path / "old.pt"), "not a tiny codec of this version")
 
 
 def test_a_token_out_of_range_stops_training(command, own_dataset, tmp_path):
