@@ -99,10 +99,11 @@ def key_matches(chroma):
     """Chroma [12, T'] -> [24], its correlation with the profile of each of KEYS (Krumhansl and Kessler, 1982)."""
     major = [6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88]
     minor = [6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17]
-    if not chroma.any():
+    pitches = chroma.sqrt().mean(1)
+    if not pitches.std() > 0:  # silence
         return np.zeros(24)
     profiles = np.array([np.roll(profile, tonic) for profile in (major, minor) for tonic in range(12)])
-    return np.corrcoef(chroma.sqrt().mean(1), profiles)[0, 1:]
+    return np.corrcoef(pitches, profiles)[0, 1:]
 
 
 def key_of(chroma):

@@ -205,6 +205,10 @@ def test_onsets_show_the_beat():
     assert int(correlation.argmax()) + 5 == pytest.approx(25, abs=1)
 
 
+def test_silence_has_features():
+    assert metrics.features(torch.zeros(1, 16_000 * 3), 16_000).isfinite().all()
+
+
 # The whole
 
 
