@@ -68,7 +68,7 @@ class Codec:
     channels, K (of all channels together), card, dim (width of the latents, likewise), and id, which goes into shards
     and checkpoints so that codes never meet a model of another codec.
     behind and ahead: the frames before and after one that its samples depend on, as far as `decode_stream` looks.
-    period: the frames after which its oscillators, if it has any, stand as at its first.
+    period: the frames after which its oscillators, if any, are in phase again; a part of a stream begins at a multiple.
     """
 
     def __init__(self, name, model, K, behind, ahead, period=1, channels=1):

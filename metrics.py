@@ -392,7 +392,7 @@ def measure(run, clips, cfg, device):
     s.evaluate_clips, s.cfg = clips, s.cfg if cfg is None else cfg
     codec = data.load_codec(s.data, s.codec, s.codec_weights).to(device)
     if codec.id != description["id"]:
-        raise UserError(f"{path} was trained on codec {description['id']}, and {s.data} holds that of {codec.id}")
+        raise UserError(f"{path} is of codec {description['id']}, and {s.data} holds that of {codec.id}; train again")
     result = evaluate(path, codec, data.Tokens(s.data, "train"), data.Tokens(s.data, "valid"), s)
     if common.rank() == 0:
         common.write_json(path.with_name("metrics.json"), result)

@@ -1,6 +1,6 @@
 """The network of the `tiny` codec: encodec's residual VQ between a ConvNeXt encoder and a Vocos-like decoder.
 
-As long as the codes stay the same, a decoder of spectra plays one frame like the next, so that a held tone becomes a
+As long as the codes stay the same, a decoder of spectra gives the same frame again, so that a held tone becomes a
 multiple of the frame rate: 450 Hz for 440. So this one has oscillators too, which run on from frame to frame.
 
 Made by demo/train_tiny.py; the weights are demo/tiny.pt, and demo/README.md is their card.
@@ -22,7 +22,8 @@ from common import UserError, first_line
 
 WEIGHTS = Path(__file__).parent / "tiny.pt"
 CODEC_FORMAT = 2
-SAMPLE_RATE, FRAME_RATE, HOP = 16_000, 50, 320
+SAMPLE_RATE, FRAME_RATE = 16_000, 50
+HOP = SAMPLE_RATE // FRAME_RATE
 # Hz: quarter tones from a double bass's lowest note to 2.5 kHz. They are even, so that after half a second, PERIOD
 # frames, each stands where it began, and a stream can be decoded from there.
 TONES = (41.2 * 2 ** (torch.arange(143) / 24) / 2).round().unique() * 2
@@ -37,7 +38,7 @@ def log_stft(wav, n_fft, bins=slice(None)):
 
 
 def tone_levels(wav, n_fft=4096):
-    """wav [B, T * HOP] -> how loud each of TONES is, [B, N, T]: the log-amplitude of a sinusoid there."""
+    """wav [B, T * HOP] -> the log-amplitude of a sinusoid at each of TONES, [B, N, T]."""
     bins = (TONES * n_fft / SAMPLE_RATE).round().long()
     return log_stft(wav, n_fft, bins) - math.log(n_fft / 4)
 
@@ -79,13 +80,17 @@ class TinyEncoder(nn.Module):
 class TinyDecoder(nn.Module):
     """Latents -> magnitude and phase -> inverse STFT (Vocos, arXiv:2306.00814): [B, D, T] -> [B, 1, T * HOP].
 
-    To its frames the oscillators are added, one for each of TONES, as loud as `tones` says frame by frame.
+    To its frames a bank of oscillators is added (DDSP, arXiv:2001.04643), one for each of TONES, whose amplitudes are
+    decoded frame by frame.
     """
 
     def __init__(self, n_fft, dim, hidden, layers, latent):
         super().__init__()
         self.n_fft = n_fft
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.register_buffer("radians", 2 * math.pi * TONES / SAMPLE_RATE, persistent=False)  # of a sample, [N]
+        within = torch.arange(n_fft)[:, None] * self.radians
+        self.register_buffer("waves", torch.cat([within.cos(), within.sin()], dim=1), persistent=False)  # [n_fft, 2 N]
         self.inp = nn.Conv1d(latent, dim, 7, padding=3)
         self.blocks = nn.Sequential(*[ConvNeXtBlock(dim, hidden, layers) for _ in range(layers)])
         self.norm = nn.LayerNorm(dim)
@@ -93,13 +98,13 @@ class TinyDecoder(nn.Module):
         self.tones = nn.Linear(dim, len(TONES))
 
     def forward(self, latents):
-        return self.play(self.features(latents))
+        return self.synthesise(self.features(latents))
 
     def features(self, latents):
         """[B, D, T] -> [B, T, dim]."""
         return self.norm(self.blocks(self.inp(latents)).transpose(1, 2))
 
-    def play(self, x):
+    def synthesise(self, x):
         """[B, T, dim] -> [B, 1, T * HOP]."""
         log_magnitude, phase = self.out(x).transpose(1, 2).chunk(2, dim=1)
         spectrum = torch.polar(log_magnitude.clamp(max=7).exp(), phase)
@@ -114,11 +119,9 @@ class TinyDecoder(nn.Module):
 
     def oscillators(self, levels):
         """Log-amplitudes [B, T, N] -> frames [B, n_fft, T], by cos(a + b) = cos a cos b - sin a sin b."""
-        amplitude, radians = levels.clamp(max=1).exp(), 2 * math.pi * TONES.to(levels) / SAMPLE_RATE  # a sample
-        start = torch.arange(levels.shape[1], device=levels.device)[:, None] % PERIOD * HOP * radians
-        within = torch.arange(self.n_fft, device=levels.device)[:, None] * radians
-        tones = torch.cat([amplitude * start.cos(), -amplitude * start.sin()], dim=2)
-        return torch.cat([within.cos(), within.sin()], dim=1) @ tones.transpose(1, 2)
+        amplitude = levels.clamp(max=1).exp()
+        start = torch.arange(levels.shape[1], device=levels.device)[:, None] % PERIOD * HOP * self.radians
+        return self.waves @ torch.cat([amplitude * start.cos(), -amplitude * start.sin()], dim=2).transpose(1, 2)
 
 
 class TinyCodec(nn.Module):

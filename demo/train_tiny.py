@@ -183,7 +183,7 @@ def train(args):
         quantized = model.quantizer(latents, model.frame_rate)
         revive(model.quantizer, latents.detach(), quantized.codes)
         features = model.decoder.features(quantized.quantized)
-        reconstruction = spectral_loss(model.decoder.play(features)[:, 0], wav)
+        reconstruction = spectral_loss(model.decoder.synthesise(features)[:, 0], wav)
         loss = reconstruction + 0.5 * tone_loss(model.decoder.tones(features), wav) + 0.25 * quantized.penalty
         optimizer.zero_grad()
         loss.backward()

@@ -16,7 +16,7 @@ from codec import decode_stream, describe_codec, encode_long, load_audio, load_c
 from common import UserError
 from conditioning import chromagram
 from demo import corpus, scores, train_tiny
-from demo.tiny import TONES, WEIGHTS, TinyCodec
+from demo.tiny import TONES, WEIGHTS, TinyCodec, tone_levels
 from demo.train_tiny import distances
 
 
@@ -155,7 +155,7 @@ def test_an_oscillator_runs_on_from_frame_to_frame():
             layer.weight.zero_()
             layer.bias.fill_(-30)
         decoder.tones.bias[n] = math.log(0.5)
-        wav = decoder.play(torch.zeros(1, 100, 192))[0, 0]
+        wav = decoder.synthesise(torch.zeros(1, 100, 192))[0, 0]
     radians = 2 * math.pi * TONES[n] / 16_000 * (torch.arange(len(wav)) + (1024 - 320) // 2)
     torch.testing.assert_close(wav[1000:-1000], 0.5 * radians.cos()[1000:-1000], atol=1e-3, rtol=0)
 
@@ -294,9 +294,18 @@ def test_every_folder_has_its_share(shares, tmp_path, command):
     assert not (tmp_path / "codec").exists()
 
 
-def test_training_revives_unused_vectors_at_every_step(request, tmp_path, command, monkeypatch):
-    usual, calls = train_tiny.revive, []
-    monkeypatch.setattr(train_tiny, "revive", lambda *args: calls.append(args) or usual(*args))
+def test_the_tone_loss_hears_a_tone_that_is_missing():
+    wav = 0.5 * torch.cos(2 * math.pi * TONES[60] / 16_000 * torch.arange(32_000))[None]
+    levels = tone_levels(wav).transpose(1, 2)
+    assert train_tiny.tone_loss(levels, wav) == 0
+    levels[:, :, 60] = -30
+    assert train_tiny.tone_loss(levels, wav) > 0.1
+
+
+@pytest.mark.parametrize("part", ["revive", "tone_loss"])
+def test_every_step_of_training_revives_unused_vectors_and_hears_tones(part, request, tmp_path, command, monkeypatch):
+    usual, calls = getattr(train_tiny, part), []
+    monkeypatch.setattr(train_tiny, part, lambda *args: calls.append(args) or usual(*args))
     small = "--steps=2 --batch_size=2 --valid_every=2 --shares=1".split()
     status, output = command(train_tiny, "train", request.getfixturevalue("corpus"), f"--out={tmp_path}", *small)
     assert status == 0 and len(calls) == 2, output
