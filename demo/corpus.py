@@ -24,7 +24,7 @@ import prepare
 from common import UserError
 
 SAMPLE_RATE = 16000
-VERSION = 1  # of the sound and the captions: what another version wrote is made anew
+VERSION = 2  # of the sound and the captions: what another version wrote is made anew
 ATTRIBUTES = {
     "instrument": ["piano", "guitar", "organ", "flute", "strings", "bells"],
     "tempo": ["slow", "medium", "fast"],
@@ -38,10 +38,12 @@ ATTRIBUTES = {
 FRAME = SAMPLE_RATE // 50
 # Frames in a beat, beats in a clip (6.4 to 8 s in all) and half bars on a chord, for slow clips have few bars:
 TEMPI = {"slow": (44, (8,), 1), "medium": (30, (12,), 2), "fast": (20, (16, 20), 2)}
-TONICS = {"C": 60, "D": 62, "E": 64, "F": 65, "G": 67, "A": 69}
+TONICS = {"C": 60, "D": 62, "E": 64}  # no two of their six keys have the same seven notes
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
-PROGRESSIONS = [(0, 4, 5, 3), (0, 3, 4, 0), (0, 5, 3, 4), (0, 3, 0, 4), (0, 4, 3, 4)]  # degrees of the scale, from 0
-RHYTHMS = [(1, 1), (1, 0.5, 0.5), (0.5, 0.5, 1), (1.5, 0.5), (0.5, 0.5, 0.5, 0.5)]  # beats of the notes in half a bar
+PROGRESSIONS = [  # degrees of the scale, from 0
+    (0, 4, 5, 3), (0, 3, 4, 0), (0, 5, 3, 4), (0, 3, 0, 4), (0, 4, 3, 4), (0, 3, 5, 4), (0, 5, 0, 4), (0, 4, 0, 3)
+]  # fmt: skip
+RHYTHMS = [(1, 1), (1, 0.5, 0.5), (0.5, 0.5, 1), (1.5, 0.5)]  # beats of the notes in half a bar
 ARPEGGIOS = [(0, 1, 2, 3, 4, 3, 2, 1), (0, 2, 1, 2, 3, 2, 1, 2), (0, 1, 2, 3, 0, 1, 2, 3), (3, 2, 1, 0, 4, 3, 2, 1)]
 BASS_LINES = [(0, 0, 0, 0), (0, 0, 2, 0), (0, 2, 0, 2)]  # tone of the triad on each beat of a bar
 KICKS = [(0, 4), (0, 2, 4, 6), (0, 3, 4), (0, 4, 5)]  # eighths of a bar
@@ -57,8 +59,8 @@ WORDS = {  # for each value of an attribute, what may fill the slots of a captio
     "slow": {"tempo": "slow|unhurried|leisurely", "pace": "at a slow tempo|at 68 bpm|played slowly|at a slow pace"},
     "medium": {"tempo": "moderate|mid-tempo|medium-tempo", "pace": "at a moderate tempo|at 100 bpm|at a walking pace"},
     "fast": {"tempo": "fast|quick|up-tempo|lively", "pace": "at a fast tempo|at 150 bpm|played fast|at a quick pace"},
-    "major": {"mode": "major|major-key|happy major", "key": "in a major key|in {0} major|in the key of {0} major"},
-    "minor": {"mode": "minor|minor-key|sad minor", "key": "in a minor key|in {0} minor|in the key of {0} minor"},
+    "major": {"mode": "{0} major|happy {0} major", "key": "in {0} major|in the key of {0} major|in a happy {0} major"},
+    "minor": {"mode": "{0} minor|sad {0} minor", "key": "in {0} minor|in the key of {0} minor|in a sad {0} minor"},
     "melody": {"texture": "melody|tune|single-line melody", "playing": "a melody|a tune|a single-line melody"},
     "arpeggio": {"texture": "arpeggio|broken-chord pattern", "playing": "arpeggios|broken chords|rolling arpeggios"},
     "chords": {"texture": "chord progression|block-chord pattern", "playing": "block chords|steady block chords"},
@@ -110,7 +112,7 @@ def draw_attributes(rng):
     tonic = pick(rng, list(TONICS))
     slots = {slot: options for value in drawn.values() for slot, options in WORDS[value].items()}
     caption = pick(rng, TEMPLATES).format(**{slot: pick(rng, options.split("|")) for slot, options in slots.items()})
-    caption = re.sub(r"\ba (?=[aeiou])", "an ", caption.format(tonic))
+    caption = re.sub(r"\ba (?=[aeiouE])", "an ", caption.format(tonic))
     bpm = round(60 * SAMPLE_RATE / FRAME / TEMPI[drawn["tempo"]][0], 1)
     return {"caption": caption, **drawn, "key": f"{tonic} {drawn['mode']}", "bpm": bpm}
 
@@ -182,6 +184,10 @@ def compose_chords(rng, chords, mode, tonic):
             beat += length
 
 
+# What composes each, and the level of a note: a melody sings out, an arpeggio keeps back, a chord has three notes.
+TEXTURES = {"melody": (compose_melody, 0.9), "arpeggio": (compose_arpeggio, 0.55), "chords": (compose_chords, 0.45)}
+
+
 def make_clip(seed, index):
     """Clip number index of a seed's corpus -> audio float32 [samples], {"caption", the attributes, "key", "bpm"}"""
     rng = np.random.default_rng([seed, index])
@@ -201,10 +207,10 @@ def make_clip(seed, index):
         wave = wave[: len(mix) - start]
         mix[start : start + len(wave)] += gain * wave
 
-    compose = {"melody": compose_melody, "arpeggio": compose_arpeggio, "chords": compose_chords}[texture]
+    compose, level = TEXTURES[texture]
     for start, length, midi in compose(rng, chords, mode, tonic):
         wave = render_note(attributes["instrument"], midi, int(length * beat))
-        add(wave, int(start * beat), (0.45 if texture == "chords" else 0.8) * (1 if start % 2 == 0 else 0.85))
+        add(wave, int(start * beat), level * (1 if start % 2 == 0 else 0.85))
     for delay in ECHOES:
         mix[delay:] += 0.15 * mix[:-delay]
     line, kick = pick(rng, BASS_LINES), pick(rng, KICKS)

@@ -3,9 +3,12 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mutagen
@@ -199,6 +202,15 @@ def test_tempo_and_key_are_heard():
     assert sum(min(abs(ratio / octave - 1) for octave in (0.5, 1, 2)) < 0.02 for ratio in ratios) >= 38
     assert sum(keys) >= 26
     assert tempo_of(torch.zeros(400)) == tempo_of(torch.rand(100)) == 0 and key_of(torch.zeros(12, 9)) == -1
+
+
+def test_each_caption_of_the_demo_names_its_key_which_has_notes_of_its_own():
+    for index in range(100):
+        about = demo_corpus.draw_attributes(np.random.default_rng([3, index]))
+        assert about["key"] in about["caption"] and not re.search(r"\ba [aeiouE]", about["caption"]), about
+    notes = {frozenset((tonic + step) % 12 for step in scale) for tonic in demo_corpus.TONICS.values()
+             for scale in demo_corpus.SCALES.values()}  # fmt: skip
+    assert len(notes) == 6, "a key that has the notes of another could not be told from it"
 
 
 def sharp(key):
@@ -463,14 +475,18 @@ def full(path):
 
 
 def test_ctrl_c_ends_it_and_what_is_encoded_stays(corpus, tmp_path):
-    for workers in (1, 2):
-        encoded = tmp_path / str(workers)
-        args = (corpus / "manifest.jsonl", "--out", encoded / "out", "--workers", workers)
+    def interrupt(workers):
+        folder = tmp_path / str(workers)
+        args = (corpus / "manifest.jsonl", "--out", folder / "out", "--workers", workers)
         run = Ranks(*args, ranks=1, main=prepare.main)
-        while not any(encoded.glob("encoded/*/*/*.npz")):
+        while not any(folder.glob("encoded/*/*/*.npz")):
             assert run.processes[0].is_alive(), run.output()
+            time.sleep(0.02)
         run.send(signal.SIGINT)
-        assert "interrupted" in run.finish(status=130) and not (encoded / "out").exists()
+        assert "interrupted" in run.finish(status=130) and not (folder / "out").exists()
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(interrupt, (1, 2)))
 
 
 def test_a_worker_that_dies_is_said_and_nothing_is_lost(tmp_path):
