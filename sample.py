@@ -1,6 +1,6 @@
 """Text, a melody, a style, the beginning of a piece, or any of them together, to music.
 
-python sample.py out/demo/best.pt "a slow piano melody in a minor key, with drums" --duration 8
+python sample.py out/demo/best.pt "a slow piano melody in D minor, with drums" --duration 8
 python sample.py out/demo/best.pt "fast bells" "calm strings, no drums" --cfg 3 --seed 7
 python sample.py out/demo/best.pt "organ chords" --continue beginning.wav --duration 12
 python sample.py out/demo_melody/best.pt "organ, with drums" --melody tune.wav

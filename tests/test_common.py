@@ -63,9 +63,8 @@ def test_the_same_run_on_1_2_and_4_processes(uneven, tmp_path):
     shared = [*TOY, f"--data={uneven}", f"--steps={STEPS}", f"--epoch={STEPS // 2}", "--ema_every=2", "--valid_items=5",
               "--cfg_dropout=0.3", "--merge_text_p=0.5", "--word_dropout=0.2", "--samples=3", "--generate_every=0",
               "--evaluate_clips=3", "--melody=True", "--style=True", "--style_dropout=0.3"]  # fmt: skip
-    printed = {}
-    for way, (ranks, *more) in WAYS.items():
-        printed[way] = Ranks(*shared, f"--out={tmp_path / way}", *more, ranks=ranks).finish()
+    runs = {way: Ranks(*shared, f"--out={tmp_path / way}", *more, ranks=ranks) for way, (ranks, *more) in WAYS.items()}
+    printed = {way: run.finish() for way, run in runs.items()}
     one, *others = (tmp_path / way for way in WAYS)
     (count,) = re.findall(r"([\d.]+M parameters) on 1 x cpu", printed["1"])
     for out in others:

@@ -383,7 +383,7 @@ def make_parser():
     parser.add_argument("--activation_checkpointing", action="store_true", help="as in training")
     parser.add_argument("--peers", nargs="?", default="", const=",".join(peers.NAMES), help="beside transformers and"
                         " audiocraft, where installed, or the one named: all are in memory together")  # fmt: skip
-    parser.add_argument("--clips", type=int, default=1500, help="of the demo, to prepare (default 1500)")
+    parser.add_argument("--clips", type=int, default=600, help="of the demo, to prepare (default 600)")
     parser.add_argument("--tracks", type=int, default=400_000, help="of --work scale (default 400,000)")
     parser.add_argument("--seconds", type=float, default=300, help="to learn for, of each (default 300)")
     parser.add_argument("--repeats", type=int, default=5, help="of each, in turn (default 5)")

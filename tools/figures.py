@@ -138,7 +138,7 @@ def main():
     parser.add_argument("what", type=Path, help="a run's folder, one of samples, a best.pt, learn.json, or: patterns")
     parser.add_argument("picture", type=Path, help="the PNG to write")
     parser.add_argument("--clip", type=int, default=0, help="which of its samples, from 0")
-    parser.add_argument("--caption", default="a slow piano melody in a minor key, with drums", help="for best.pt")
+    parser.add_argument("--caption", default="a slow piano melody in D minor, with drums", help="for best.pt")
     args = parser.parse_args()
     try:
         if str(args.what) == "patterns":
