@@ -91,11 +91,12 @@ def test_the_same_run_on_1_2_and_4_processes(uneven, tmp_path):
 
 
 def test_metrics_on_two_processes_are_those_of_one(toy_run, tmp_path):
-    printed = []
+    runs = []
     for ranks in (1, 2):
         shutil.copytree(toy_run[0], tmp_path / str(ranks), ignore=shutil.ignore_patterns("*.wav"))
         args = (tmp_path / str(ranks), "--clips=3", "--device=cpu")
-        printed.append(Ranks(*args, ranks=ranks, main=metrics.main).finish())
+        runs.append(Ranks(*args, ranks=ranks, main=metrics.main))
+    printed = [run.finish() for run in runs]
     assert all(text.count("Fréchet distance of codec latents") == 1 for text in printed)
     one, two = (json.loads((tmp_path / str(ranks) / "metrics.json").read_text()) for ranks in (1, 2))
     assert one["adherence"] == two["adherence"] and one["fad"] == pytest.approx(two["fad"], rel=0.02)
@@ -112,12 +113,13 @@ def test_float16_skips_the_same_steps_on_every_rank(uneven, tmp_path):
     """
 
     args = [*TOY, f"--data={uneven}", "--dtype=float16", "--steps=20", "--epoch=20", "--samples=0"]
-    logs = []
+    runs = {}
     for way, ranks in (("ddp", 1), ("ddp", 2), ("fsdp", 2)):
         out = tmp_path / f"{way}_{ranks}"
-        Ranks(*args, f"--out={out}", f"--parallel={way}", ranks=ranks, before=overflowing_loss_scale).finish()
-        logs.append(lines(out / "metrics.jsonl"))
-    one, ddp, fsdp = logs
+        runs[out] = Ranks(*args, f"--out={out}", f"--parallel={way}", ranks=ranks, before=overflowing_loss_scale)
+    for run in runs.values():
+        run.finish()
+    one, ddp, fsdp = (lines(out / "metrics.jsonl") for out in runs)
     assert 4 < one[-1]["skipped"] <= ddp[-1]["skipped"] < 16
     assert [(line["step"], line["skipped"]) for line in ddp] == [(line["step"], line["skipped"]) for line in fsdp]
     assert [line["ce"] for line in ddp] == pytest.approx([line["ce"] for line in fsdp], abs=2e-3)
@@ -165,13 +167,14 @@ def refuse_to_draw_on_rank_1():
 
 
 def test_fsdp_continues_after_an_epoch_without_improvement(dataset, tmp_path):
-    args = [*TOY, f"--data={dataset}", "--steps=6", "--epoch=1", "--samples=0", "--lr=0.1", "--warmup=0"]
-    found = []
-    for ranks, more in ((1, []), (2, ["--reshard_after_forward=True"]), (2, ["--reshard_after_forward=False"])):
-        out = tmp_path / str(len(found))
-        Ranks(*args, f"--out={out}", "--parallel=fsdp", *more, ranks=ranks).finish()
-        found.append([line["ce"] for line in lines(out / "history.jsonl") if line["stage"] == "valid"])
-    one, *two = found
+    args = [*TOY, f"--data={dataset}", "--steps=6", "--epoch=1", "--samples=0", "--lr=0.05", "--warmup=0"]
+    ways = {"one": [], "two": ["--reshard_after_forward=True"], "two kept": ["--reshard_after_forward=False"]}
+    runs = [Ranks(*args, f"--out={tmp_path / way}", "--parallel=fsdp", *more, ranks=1 + (way != "one"))
+            for way, more in ways.items()]  # fmt: skip
+    for run in runs:
+        run.finish()
+    one, *two = ([line["ce"] for line in lines(tmp_path / way / "history.jsonl") if line["stage"] == "valid"]
+                 for way in ways)  # fmt: skip
     assert one == pytest.approx(two[0], rel=1e-4) and one == pytest.approx(two[1], rel=1e-4) and min(one) < one[-1]
 
 
