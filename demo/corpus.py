@@ -239,12 +239,17 @@ def write_clip(folder, seed, index):
     return json.dumps({"path": path.name, "caption": attributes.pop("caption"), "attributes": attributes})
 
 
+def stamp_of(clips, seed=0):
+    """What stands in a corpus's corpus.json."""
+    return json.dumps({"version": VERSION, "seed": seed, "clips": clips})
+
+
 def write_corpus(folder, clips, seed=0, workers=None):
     """Writes clips and manifest.jsonl to a folder, or what an earlier call has not -> path of the manifest."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     manifest, stamp = folder / "manifest.jsonl", folder / "corpus.json"
-    wanted = json.dumps({"version": VERSION, "seed": seed, "clips": clips})
+    wanted = stamp_of(clips, seed)
     if not stamp.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds other files; choose a new folder for the corpus")
     if not stamp.exists() or stamp.read_text() != wanted:
@@ -264,8 +269,12 @@ def write_corpus(folder, clips, seed=0, workers=None):
 
 def prepare_demo(folder, clips, codec, codec_weights):
     """The corpus in FOLDER_audio, and the data set that is prepared from it in FOLDER, where they are not there yet."""
+    audio = Path(f"{folder}_audio")
+    stamp = audio / "corpus.json"
     if not Path(folder, "meta.json").exists():
-        prepare.prepare(write_corpus(f"{folder}_audio", clips), folder, codec, codec_weights, valid_fraction=0.07)
+        prepare.prepare(write_corpus(audio, clips), folder, codec, codec_weights, valid_fraction=0.07)
+    elif stamp.exists() and stamp.read_text() != stamp_of(clips):
+        print(f"{folder} is of another corpus ({stamp.read_text()}, now {stamp_of(clips)}); remove it for this one")
 
 
 def main():

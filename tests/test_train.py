@@ -95,6 +95,8 @@ def test_the_demo_makes_its_own_corpus(tmp_path, command):
     assert len(list((tmp_path / "demo_audio").glob("*.flac"))) == 4 and (tmp_path / "out" / "best.pt").exists()
     assert command(train, "config/demo.py", *args, f"--out={tmp_path / 'again'}")[0] == 0
     assert same_run(tmp_path / "out", tmp_path / "again"), "the start must not depend on who made the corpus"
+    status, printed = command(train, "config/demo.py", *args, "--demo_clips=5", f"--out={tmp_path / 'five'}")
+    assert status == 0 and "is of another corpus" in printed and '"clips": 5}); remove it' in printed
 
 
 def test_the_average_of_the_weights_is_unbiased(dataset, tmp_path, command):
