@@ -20,9 +20,12 @@ Letters: N clips, K codebooks, T frames, T' chroma frames, D size of a vector, F
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read as torch is imported: a thread that waits sleeps soon
 
 import numpy as np
 import torch

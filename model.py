@@ -60,9 +60,10 @@ def attention(q, k, v, mask, is_causal=False):
 
     mask: None where is_causal. torch's own is slow in bfloat16 on a CPU: in training, up to some 512 steps, it takes
     twice the time of separate products, and in generation four times that of float32, so the KV cache is float32 there.
+    A compiled step of generation, S = 1, takes sums for products, as the compiler fuses those.
     """
     if q.device.type == "cpu" and q.shape[2] == 1 and not is_causal and torch.compiler.is_compiling():
-        scores = (q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[3])  # sums, which the compiler fuses
+        scores = (q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[3])
         return (torch.softmax(scores.masked_fill(~mask.mT, -math.inf), dim=2) * v).sum(2, keepdim=True)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 512:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)

@@ -26,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read as torch is imported: a thread that waits sleeps soon
+
 import soundfile
 import torch
 from tqdm import tqdm

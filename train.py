@@ -13,12 +13,15 @@ import dataclasses
 import faulthandler
 import functools
 import math
+import os
 import shlex
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read as torch is imported: a thread that waits sleeps soon
 
 import numpy as np
 import torch

@@ -184,7 +184,7 @@ def compose_chords(rng, chords, mode, tonic):
             beat += length
 
 
-# What composes each, and the level of a note: a melody sings out, an arpeggio keeps back, a chord has three notes.
+# What composes each, and the level of a note: a melody sings out, an arpeggio accompanies, a chord has three notes.
 TEXTURES = {"melody": (compose_melody, 0.9), "arpeggio": (compose_arpeggio, 0.55), "chords": (compose_chords, 0.45)}
 
 

@@ -63,8 +63,9 @@ def test_the_same_run_on_1_2_and_4_processes(uneven, tmp_path):
     shared = [*TOY, f"--data={uneven}", f"--steps={STEPS}", f"--epoch={STEPS // 2}", "--ema_every=2", "--valid_items=5",
               "--cfg_dropout=0.3", "--merge_text_p=0.5", "--word_dropout=0.2", "--samples=3", "--generate_every=0",
               "--evaluate_clips=3", "--melody=True", "--style=True", "--style_dropout=0.3"]  # fmt: skip
-    runs = {way: Ranks(*shared, f"--out={tmp_path / way}", *more, ranks=ranks) for way, (ranks, *more) in WAYS.items()}
-    printed = {way: run.finish() for way, run in runs.items()}
+    printed = {}
+    for way, (ranks, *more) in WAYS.items():
+        printed[way] = Ranks(*shared, f"--out={tmp_path / way}", *more, ranks=ranks).finish()
     one, *others = (tmp_path / way for way in WAYS)
     (count,) = re.findall(r"([\d.]+M parameters) on 1 x cpu", printed["1"])
     for out in others:
@@ -91,12 +92,11 @@ def test_the_same_run_on_1_2_and_4_processes(uneven, tmp_path):
 
 
 def test_metrics_on_two_processes_are_those_of_one(toy_run, tmp_path):
-    runs = []
+    printed = []
     for ranks in (1, 2):
         shutil.copytree(toy_run[0], tmp_path / str(ranks), ignore=shutil.ignore_patterns("*.wav"))
         args = (tmp_path / str(ranks), "--clips=3", "--device=cpu")
-        runs.append(Ranks(*args, ranks=ranks, main=metrics.main))
-    printed = [run.finish() for run in runs]
+        printed.append(Ranks(*args, ranks=ranks, main=metrics.main).finish())
     assert all(text.count("Fréchet distance of codec latents") == 1 for text in printed)
     one, two = (json.loads((tmp_path / str(ranks) / "metrics.json").read_text()) for ranks in (1, 2))
     assert one["adherence"] == two["adherence"] and one["fad"] == pytest.approx(two["fad"], rel=0.02)
@@ -113,13 +113,12 @@ def test_float16_skips_the_same_steps_on_every_rank(uneven, tmp_path):
     """
 
     args = [*TOY, f"--data={uneven}", "--dtype=float16", "--steps=20", "--epoch=20", "--samples=0"]
-    runs = {}
+    logs = []
     for way, ranks in (("ddp", 1), ("ddp", 2), ("fsdp", 2)):
         out = tmp_path / f"{way}_{ranks}"
-        runs[out] = Ranks(*args, f"--out={out}", f"--parallel={way}", ranks=ranks, before=overflowing_loss_scale)
-    for run in runs.values():
-        run.finish()
-    one, ddp, fsdp = (lines(out / "metrics.jsonl") for out in runs)
+        Ranks(*args, f"--out={out}", f"--parallel={way}", ranks=ranks, before=overflowing_loss_scale).finish()
+        logs.append(lines(out / "metrics.jsonl"))
+    one, ddp, fsdp = logs
     assert 4 < one[-1]["skipped"] <= ddp[-1]["skipped"] < 16
     assert [(line["step"], line["skipped"]) for line in ddp] == [(line["step"], line["skipped"]) for line in fsdp]
     assert [line["ce"] for line in ddp] == pytest.approx([line["ce"] for line in fsdp], abs=2e-3)
@@ -168,13 +167,12 @@ def refuse_to_draw_on_rank_1():
 
 def test_fsdp_continues_after_an_epoch_without_improvement(dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", "--steps=6", "--epoch=1", "--samples=0", "--lr=0.05", "--warmup=0"]
-    ways = {"one": [], "two": ["--reshard_after_forward=True"], "two kept": ["--reshard_after_forward=False"]}
-    runs = [Ranks(*args, f"--out={tmp_path / way}", "--parallel=fsdp", *more, ranks=1 + (way != "one"))
-            for way, more in ways.items()]  # fmt: skip
-    for run in runs:
-        run.finish()
-    one, *two = ([line["ce"] for line in lines(tmp_path / way / "history.jsonl") if line["stage"] == "valid"]
-                 for way in ways)  # fmt: skip
+    found = []
+    for ranks, more in ((1, []), (2, ["--reshard_after_forward=True"]), (2, ["--reshard_after_forward=False"])):
+        out = tmp_path / str(len(found))
+        Ranks(*args, f"--out={out}", "--parallel=fsdp", *more, ranks=ranks).finish()
+        found.append([line["ce"] for line in lines(out / "history.jsonl") if line["stage"] == "valid"])
+    one, *two = found
     assert one == pytest.approx(two[0], rel=1e-4) and one == pytest.approx(two[1], rel=1e-4) and min(one) < one[-1]
 
 

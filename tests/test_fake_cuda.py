@@ -8,21 +8,16 @@ import sys
 import pytest
 from conftest import ROOT
 
-TRACE = None
-if shutil.which("g++"):  # started here, so that these twenty seconds pass beside the tests that come first
-    TRACE = subprocess.Popen(
-        [sys.executable, "tests/fake_cuda.py"], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
 TRAINING = ("bfloat16", "bfloat16, rope", "bfloat16, everything", "float16, everything")
 
 
 @pytest.fixture(scope="module")
 def found():
-    if not TRACE:
+    if not shutil.which("g++"):
         pytest.skip("needs g++, for what a CPU build of torch lacks")
-    printed, errors = TRACE.communicate()
-    assert TRACE.returncode == 0, errors
-    return json.loads(printed)
+    ended = subprocess.run([sys.executable, "tests/fake_cuda.py"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
 
 
 @pytest.mark.parametrize("work", TRAINING)
