@@ -30,20 +30,20 @@ def print_report(folder):
     print_padding(splits["train"])
     print_captions(tracks, read_tokenizer(folder))
     print_sound(splits)
-    return find_twins(splits)
+    return look_at_codes(splits)
 
 
 def print_left_out(folder):
     """By reason, the numbers in it apart, with one example."""
-    lines = Path(folder, "skipped.jsonl").read_text(encoding="utf-8").split("\n")
+    path, kinds = Path(folder, "skipped.jsonl"), {}
     try:
-        skipped, kinds = [json.loads(line) for line in lines if line], {}
-    except ValueError:
-        return print(f"{Path(folder, 'skipped.jsonl')}: is damaged, so what was left out is not known")
-    for entry in skipped:
-        reason = entry["reason"].replace(f"{entry['path']}: ", "")
-        kinds.setdefault(re.sub(r"[\d.]+", "N", reason), []).append((entry["path"], reason))
-    print(f"left out: {len(skipped)} files" + (f", listed in {Path(folder, 'skipped.jsonl')}" if skipped else ""))
+        skipped = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        for entry in skipped:
+            reason = entry["reason"].replace(f"{entry['path']}: ", "")
+            kinds.setdefault(re.sub(r"[\d.]+", "N", reason), []).append((entry["path"], reason))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return print(f"{path}: is damaged, so what was left out is not known")
+    print(f"left out: {len(skipped)} files" + (f", listed in {path}" if skipped else ""))
     for alike in sorted(kinds.values(), key=len, reverse=True):
         print(f"  {len(alike)}: {alike[0][1]} ({alike[0][0]})")
 
@@ -107,19 +107,23 @@ def print_sound(splits):
         print(f"clipped: {len(clipped)} tracks, as {clipped[0]}; a better source of them will sound better")
 
 
-def find_twins(splits):
-    """Says which tracks are the same music -> a problem for each that is both trained on and held out."""
-    alike = collections.defaultdict(list)
+def look_at_codes(splits):
+    """Says which tracks are the same music -> the problems: such music in both splits, and tokens out of range."""
+    alike, problems = collections.defaultdict(list), []
     for split, tokens in splits.items():
         for track in tokens.tracks:
             codes = tokens.shards[track["shard"]][track["first"] : track["first"] + track["frames"]]
+            if codes.max() >= tokens.card:
+                bad = int((codes >= tokens.card).any(1).argmax())
+                problems.append(f"{track['name']}: token {codes[bad].max()} at frame {bad} is out of range")
             alike[hashlib.sha1(codes.tobytes()).digest()].append((split, track["name"]))
     twins = [tracks for tracks in alike.values() if len(tracks) > 1]
     if twins:
         print(f"the same music more than once: {sum(map(len, twins)) - len(twins)} tracks, as {twins[0][1][1]}, which"
               f" is {twins[0][0][1]}; keep one")  # fmt: skip
-    return [f"{name} in {split} is the same music as {first[1]} in {first[0]}; remove one"
-            for first, *others in twins for split, name in others if split != first[0]]  # fmt: skip
+    problems += [f"{name} in {split} is the same music as {first[1]} in {first[0]}; remove one"
+                 for first, *others in twins for split, name in others if split != first[0]]  # fmt: skip
+    return problems
 
 
 def find_damage(folder):
@@ -131,15 +135,7 @@ def find_damage(folder):
 
 def check(folder):
     """Prints what is in a data set and what is wrong with it; returns the number of problems found."""
-    problems = find_damage(folder)
-    for split in ("train", "valid"):
-        tokens = Tokens(folder, split)
-        for track in tokens.tracks:
-            codes = tokens.shards[track["shard"]][track["first"] : track["first"] + track["frames"]]
-            if codes.max() >= tokens.card:
-                bad = int((codes >= tokens.card).any(1).argmax())
-                problems.append(f"{track['name']}: token {codes[bad].max()} at frame {bad} is out of range")
-    problems += print_report(folder)
+    problems = find_damage(folder) + print_report(folder)
     for problem in problems[:20]:
         print(f"problem: {problem}")
     print(f"{len(problems)} problems" if problems else "no problems")

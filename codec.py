@@ -269,9 +269,18 @@ def build_musicgen_32khz(state, pad_mode):
 # ---------------------------------------------------------------------------------------------------- audio files
 
 
-def load_audio(path, sample_rate, channels=1):
-    """An audio file as float32 [channels, samples] at `sample_rate`; raises UserError if it cannot be read."""
-    return torch.cat(list(read_blocks(path, sample_rate, channels)), dim=1)
+def load_audio(path, sample_rate, channels=1, samples=None):
+    """An audio file, or its first `samples`, as float32 [channels, samples] at `sample_rate`.
+
+    Raises UserError if it cannot be read.
+    """
+    blocks, read = [], 0
+    for block in read_blocks(path, sample_rate, channels):
+        blocks.append(block)
+        read += block.shape[1]
+        if samples and read >= samples:
+            break
+    return torch.cat(blocks, dim=1)[:, :samples]
 
 
 def read_blocks(path, sample_rate, channels=1, seconds=10):

@@ -4,6 +4,7 @@ Without torchrun there is one process, rank 0 of 1, and the functions for severa
 """
 
 import contextlib
+import copy
 import datetime
 import functools
 import importlib.util
@@ -16,6 +17,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+# Read as torch is imported: a thread that waits sleeps soon, as others may need its core (docs/training.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import filelock
 import torch
@@ -62,7 +66,9 @@ def run(main, when_memory_is_out="ask for less at once"):
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(status) if world_size() > 1 else sys.exit(status)  # to leave a group in good order is to wait for it
+    if world_size() > 1:
+        os._exit(status)  # to leave a group in good order is to wait for it
+    sys.exit(status)
 
 
 def write_file(path, content):
@@ -88,7 +94,8 @@ def write_json(path, value):
 def git(*command):
     """What git says of this code; nothing where there is no git."""
     try:
-        found = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+        found = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True,
+                               errors="replace")  # fmt: skip
     except OSError:
         return ""
     return found.stdout
@@ -257,7 +264,7 @@ def concat_over_ranks(tensor):
 
 
 def refuse_differences(**mine):
-    """Raises UserError on every rank if one was started with other settings than rank 0, or sees another `step`."""
+    """Raises UserError on every rank if a value that is given differs from rank 0's."""
     first, *others = gather(mine)
     for other, theirs in enumerate(others, 1):
         differ = [f"{key} is {first[key]!r} on rank 0, {theirs[key]!r} on rank {other}"
@@ -351,7 +358,7 @@ def set_state(model, weights, optimizer=None, state=None, from_rank_0=False):
     if optimizer:
         names = {parameter: name for name, parameter in model.named_parameters()}
         order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-        by_number = {number: state[name] for number, name in enumerate(order) if name in state}
+        by_number = {number: copy.deepcopy(state[name]) for number, name in enumerate(order) if name in state}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": by_number})
 
 

@@ -9,8 +9,9 @@ A sample's conditions are a dict, {"text": "slow piano"}; a missing one, or None
 training and leaving it out at inference are the same thing, and the null is one learned vector for each name. It
 starts at zero: cross-attention to it gives zero, as in MusicGen's unconditional path.
 
-To add a condition: an embedder with `prepare` and `forward` like MelodyEmbedder's, a line in Conditioner, its draw in
-`draw_conditions`, and its value wherever a caller gives {"text": ...}.
+To add a condition: here an embedder like MelodyEmbedder, with `prepare`, `forward` and `rows`, its line in Conditioner,
+its place in `Conditioner.positions`, and its draw in `draw_conditions` and `all_conditions`; its value in data.py's
+`Tokens.collate`; a setting that switches it on, which SAME_MODEL in train.py names too; an option in sample.py.
 
 Letters: B batch, L condition length in tokens, D model width, T frames, T' chroma frames, M rows of melody, N frames of
 an excerpt, P rows prepended.
@@ -156,20 +157,6 @@ def chromagram(wav, sample_rate):
     total = energy.sum(1, keepdim=True)
     mean_square = 2 * total / (n_fft * window.square().sum())  # Parseval's theorem
     return torch.where(mean_square > 1e-6, energy / total, 0.0)
-
-
-def melody_of(wav, sample_rate):
-    """wav [samples] -> the strongest pitch class of each chroma frame, uint8 [T'], or SILENCE.
-
-    In pieces of a minute, to bound the memory; a chroma frame hears less than two hops on either side of its own.
-    """
-    hop, notes = sample_rate // CHROMA_RATE, []
-    for first in range(0, -(-len(wav) // hop), 60 * CHROMA_RATE):
-        before = min(2, first)
-        piece = wav[(first - before) * hop : (first + 60 * CHROMA_RATE + 2) * hop]
-        chroma = chromagram(piece[None], sample_rate)[0, :, before:][:, : 60 * CHROMA_RATE]
-        notes.append(strongest(chroma))
-    return torch.cat(notes)
 
 
 def strongest(chroma):

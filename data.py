@@ -268,13 +268,14 @@ def loader(steps, first, device):
     on_gpu = device.type == "cuda"
     return iter(torch.utils.data.DataLoader(
         steps, sampler=range(first, len(steps)), batch_size=None, num_workers=int(on_gpu), pin_memory=on_gpu,
-        worker_init_fn=ignore_ctrl_c,
+        worker_init_fn=ignore_signals,
     ))  # fmt: skip
 
 
-def ignore_ctrl_c(worker):
-    """Ctrl-C reaches the worker as well, and the step under way may still need it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM may reach the worker as well, and the step under way still needs it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def valid_batches(tokens, prepare, T, size, s, rank=0, world_size=1):

@@ -50,6 +50,11 @@ class KVCache:
         return self.k[:, :, :W], self.v[:, :, :W]
 
 
+def cache_steps(S):
+    """The size of buffers for S steps, prepended rows among them: rounded up, so that few shapes occur."""
+    return -(-S // 512) * 512
+
+
 def prefill(model, sequence, prefix, states_mask, caches):
     """Puts the prefix [R, P, D] and then the sequence [R, K, S] into the caches."""
     x = torch.cat([prefix, model.embed_sequence(sequence)], dim=1)
@@ -229,7 +234,7 @@ def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_
     with precision(model):
         states, mask, prefix = model.conditioner(to_device(model.conditioner.prepare(rows), device))
         P, states_mask = prefix.shape[1], mask[:, None, None, :]
-        steps = torch.arange(-(-(P + pattern.S) // 512) * 512, device=device)  # rounded up, so that few shapes occur
+        steps = torch.arange(cache_steps(P + pattern.S), device=device)
         caches = [KVCache(block, states, len(steps)) for block in model.blocks]
         past = sequence[:, :, : first - 1].repeat(len(rows) // len(codes), 1, 1)
         if past.shape[2] + P:
@@ -242,7 +247,9 @@ def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_
         return choose_codes(logits, uniform, temperature, top_k, top_p)
 
     for step in range(first, pattern.S):
-        W = P + step + (P + step) % 2 if device.type == "cpu" else len(steps)  # few shapes, and for a GPU one
+        W = len(steps)  # one shape for a GPU, where it costs little, and for a CPU few
+        if device.type == "cpu":
+            W = P + step + (P + step) % 2
         inputs = sequence[:, :, step - 1], steps[step - 1 : step], steps[:W], uniform[step]
         if step == first and device.type == "cuda":
             next_codes = CUDAGraph(next_codes, *inputs)

@@ -59,10 +59,9 @@ def read_spool(spool, channels, samples):
         yield torch.from_numpy(np.frombuffer(raw, np.float32).reshape(-1, channels).T.copy())
 
 
-def chroma_of(path, codec):
-    """The chroma [12, T'] of a file that need not be encoded."""
-    rate = codec.sample_rate
-    pieces = windows(read_blocks(path, rate, codec.channels), PIECE * rate, CONTEXT * rate)
+def chroma_of(blocks, rate):
+    """Blocks [channels, any] of one wav at `rate`, as they come -> its chroma [12, T']."""
+    pieces = windows(blocks, PIECE * rate, CONTEXT * rate)
     found = [own(chromagram(wav.mean(0)[None], rate)[0], before / rate, CHROMA_RATE) for before, wav in pieces]
     return torch.cat(found, dim=1)
 

@@ -20,24 +20,23 @@ Letters: N clips, K codebooks, T frames, T' chroma frames, D size of a vector, F
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read as torch is imported: a thread that waits sleeps soon
+import common  # before torch, whose threads it tells how to wait
 
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import common
 import data
 from codec import file_name, load_audio, mel_spectrogram, write_audio
 from common import UserError
 from conditioning import SILENCE, chromagram
-from generate import generate, load_model
+from generate import cache_steps, generate, load_model
 from listen import key_matches
 
 LARGEST_CLASS_COUNT = 7  # an attribute with more values than this is no class to probe for
@@ -179,7 +178,8 @@ def adherence(attributes, known, x, asked, clips):
 def clips_at_once(model):
     """How many clips may be generated together: their KV caches take 2 GiB, or a quarter of a GPU's memory."""
     device, groups = model.heads.weight.device, 3 if "style" in model.conditioner.prepended else 2
-    D, steps = model.embed.embedding_dim, model.conditioner.rows + model.pattern(model.trained_frames).S
+    D, S = model.embed.embedding_dim, model.pattern(model.trained_frames).S
+    steps = cache_steps(model.conditioner.rows + S)
     room = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 2**31
     return max(1, room // (groups * 2 * len(model.blocks) * steps * D * 4))
 
@@ -334,8 +334,8 @@ def write_samples(checkpoint, codec, valid_data, step, s):
             "codec": (held_out / f"{name}_codec.wav", codec.decode(real[None])[0]),
         }
         with contextlib.suppress(UserError):  # the music may have been moved since it was encoded
-            wav = load_audio(track["path"], codec.sample_rate, codec.channels)
-            wavs["reference"] = (held_out / f"{name}.wav", wav[:, : real.shape[1] * codec.hop])
+            wav = load_audio(track["path"], codec.sample_rate, codec.channels, real.shape[1] * codec.hop)
+            wavs["reference"] = (held_out / f"{name}.wav", wav)
         clip = dict(caption=data.text_of(track), seed=seed, prompt_seconds=prompt_frames / codec.frame_rate)
         for key, (path, wav) in wavs.items():
             clip[key] = write_audio(path, wav, codec.sample_rate).relative_to(out).as_posix()
@@ -380,7 +380,8 @@ def print_means(results):
     print(f"\nmean and standard error over {len(results)} runs")
     for name in ("fad", "chroma", "chroma_chance"):
         print(f"{name:18}{cell([result[name] for result in results])}")
-    columns = {name: [result["adherence"][name] for result in results] for name in results[0]["adherence"]}
+    columns = {name: [result["adherence"][name] for result in results] for name in results[0]["adherence"]
+               if all(name in result["adherence"] for result in results)}  # runs may be of other data  # fmt: skip
     print(f"{'':18}" + "".join(f"{title:>15}" for title in columns))
     rows = next(iter(columns.values()), [{}])
     for name in rows[0]:

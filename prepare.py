@@ -6,8 +6,8 @@
 
 Each file is encoded once, into data/encoded/, where its content is its name: captions may change, tracks be added and
 other data sets be made of the same music, and what is there is not encoded again. So a preparation that was stopped
-resumes. Tracks are held out by a hash of their path, so that, from some 60 tracks on, adding others moves none to the
-other split. What is left out is listed in skipped.jsonl with the reason.
+resumes. Tracks are held out by a hash of their path, so that, from some hundred tracks on, adding others moves none to
+the other split. What is left out is listed in skipped.jsonl with the reason.
 
 Letters: K codebooks, T frames.
 """
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import common
 from check import check, checksum, find_damage, print_report
-from codec import OTHER_SUFFIXES, load_codec
+from codec import OTHER_SUFFIXES, load_codec, read_blocks
 from common import UserError
 from conditioning import CHROMA_RATE, SILENCE, strongest
 from data import DATA_FORMAT, captions_of, read_meta
@@ -101,7 +101,9 @@ def hear(path, melody_from, folder):
     """A track, and the file whose melody is its own -> what `listen` finds, with codes [T, K] and melody [T]."""
     folder.mkdir(parents=True, exist_ok=True)
     found = listen(path, codec, folder)
-    chroma = found.pop("chroma") if melody_from == path else chroma_of(melody_from, codec)
+    chroma = found.pop("chroma")
+    if melody_from != path:
+        chroma = chroma_of(read_blocks(melody_from, codec.sample_rate, codec.channels), codec.sample_rate)
     codes, notes = found["codes"].T.numpy().astype(np.uint16), np.append(strongest(chroma), SILENCE)
     at = ((np.arange(len(codes)) + 0.5) * CHROMA_RATE / codec.frame_rate).astype(int)
     melody = notes[at.clip(max=len(notes) - 1)].astype(np.uint8)
@@ -142,7 +144,8 @@ def encode_all(jobs, codec_name, codec_weights, workers):
     """`encode_track` of every job, in order; under torchrun each rank does its share, and all of them know all."""
     mine, ranks = jobs[common.rank() :: common.world_size()], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    workers = min(workers or max(1, os.cpu_count() // ranks), max(1, len(mine)))
+    usual = max(1, os.cpu_count() // ranks) if device == "cpu" else 4  # each has a context of its own on the GPU
+    workers = min(workers or usual, max(1, len(mine)))
     how, found = (codec_name, codec_weights, device), []
     pool = contextlib.nullcontext()
     if workers > 1:
@@ -274,9 +277,11 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     if is_data_set and not replace:
         raise UserError(f"{out}: holds other data; add --replace to write it anew (what is encoded is kept), or choose"
                         " another --out")  # fmt: skip
-    if out.exists() and (not out.is_dir() or (others := [path.name for path in out.iterdir() if not is_ours(path)])):
-        held = f"holds {others[0]}" if out.is_dir() else "is a file"
-        raise UserError(f"{out}: is there already and is no data set alone ({held}); choose another --out")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; choose a new folder")
+    others = [path.name for path in out.iterdir() if not is_ours(path)] if out.exists() else []
+    if others:
+        raise UserError(f"{out}: is there already and is no data set alone (holds {others[0]}); choose another --out")
     train_tokenizer(tracks, vocab_size)  # captions that it cannot take are found now, before hours of encoding
 
     work = out.with_name(out.name + ".partial")
@@ -288,7 +293,8 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     jobs = [(t["path"], t["melody_from"], folder, tags if t["name"] in undescribed else ()) for t in tracks]
     kept, skipped, files = [], [], {}
     for track, about in zip(tracks, encode_all(jobs, codec_name, codec_weights, workers)):
-        if reason := about if type(about) is str else why_left_out(about, min_seconds):
+        reason = about if type(about) is str else why_left_out(about, min_seconds)
+        if reason:
             skipped.append(dict(path=track["path"], reason=reason))
             continue
         if track["name"] in undescribed:
@@ -343,9 +349,9 @@ def write_data_set(work, out, kept, files, skipped, codec, valid_fraction, vocab
     np.save(work / "counts.npy", counts)
     sizes = {split: dict(tracks=len(chosen), frames=sum(track["frames"] for track in chosen))
              for split, chosen in splits.items()}  # fmt: skip
+    (work / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped), encoding="utf-8")
     (work / ".lock").unlink(missing_ok=True)
     checksums = {path.name: checksum(path) for path in sorted(work.iterdir()) if is_ours(path)}
-    (work / "skipped.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in skipped), encoding="utf-8")
     common.write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=codec.describe(), **sizes, request=request,
                                                checksums=checksums))  # fmt: skip
     if out.exists():
@@ -362,7 +368,7 @@ def main():
     parser.add_argument("--codec", default="tiny", help="tiny (default), encodec_24khz[:1.5|3|6|12] or musicgen_32khz;"
                         " any with :stereo")  # fmt: skip
     parser.add_argument("--codec_weights", default="", help="file with the codec's weights")
-    parser.add_argument("--workers", type=int, default=0, help="processes (default: one for each core)")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: one for each core, or four a GPU)")
     parser.add_argument("--valid_fraction", type=float, default=0.05, help="share of tracks held out (default 0.05)")
     parser.add_argument("--min_seconds", type=float, default=1.0, help="shorter tracks are left out (default 1)")
     parser.add_argument("--vocab_size", type=int, default=1000, help="pieces that captions are spelled with")
@@ -378,9 +384,9 @@ def main():
         parser.error("give one folder or manifest, and --out; or: check DATA")
     common.join(torch.device("cuda" if torch.cuda.is_available() else "cpu"), timeout=600)
     tags = [tag for tag in map(str.strip, args.tags.split(",")) if tag]
-    prepare(args.music[0], args.out, args.codec, args.codec_weights, args.workers, args.valid_fraction,
-            args.min_seconds, not args.no_captions, args.vocab_size, tags,
-            args.replace, args.encoded)  # fmt: skip
+    prepare(args.music[0], args.out, args.codec, args.codec_weights, workers=args.workers,
+            valid_fraction=args.valid_fraction, min_seconds=args.min_seconds, captions=not args.no_captions,
+            vocab_size=args.vocab_size, tags=tags, replace=args.replace, encoded=args.encoded)  # fmt: skip
     common.leave()
 
 

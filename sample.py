@@ -26,13 +26,13 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read as torch is imported: a thread that waits sleeps soon
+import common  # before torch, whose threads it tells how to wait
 
+# isort: split
 import soundfile
 import torch
 from tqdm import tqdm
 
-import common
 import config
 from codec import (
     FORMATS,
@@ -45,9 +45,10 @@ from codec import (
     write_audio,
 )
 from common import UserError
-from conditioning import CHROMA_RATE, INFERENCE_CODEBOOKS, SILENCE, melody_of
+from conditioning import CHROMA_RATE, INFERENCE_CODEBOOKS, SILENCE, strongest
 from data import words_of
 from generate import generate, load_model, optimize, stream
+from listen import chroma_of
 
 OPTIONS = ("cfg", "cfg_beta", "temperature", "top_k", "top_p")  # that a run's settings have defaults for
 PEAK = 10 ** (-1 / 20)  # no sample is louder than -1 dB of full scale, as lossy coding adds some tenths
@@ -89,8 +90,8 @@ def parse_arguments(words=None):
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if there is one)")
     parser.add_argument("--dtype", choices=config.CHOICES["dtype"], default="auto", help="of the weights and of what is"
                         " computed (default auto: bfloat16 where it is faster, else float32)")  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="compile first, half a minute or less: worth it for long"
-                        " music, or for much of it")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="compile first, 10 to 40 s: worth it for long music, or"
+                        " for much of it")  # fmt: skip
     parser.add_argument("--codec_weights", help="file, where the codec's own are elsewhere than in training")
     return parser.parse_intermixed_args(words)
 
@@ -131,13 +132,16 @@ def read_captions(args):
     return captions or ([] if args.interactive else [""])
 
 
-def ask_for_captions():
-    """Captions from the keyboard, or a pipe, one by one, [caption], up to an empty line or the end."""
-    sys.stdin.reconfigure(errors="replace")
-    with contextlib.suppress(EOFError):
-        while caption := input("caption> ").strip():
-            yield [caption]
-    print()
+def lists_of_captions(args):
+    """Those that are given, at once; with --interactive then each that is typed, up to an empty line or the end."""
+    if args.captions:
+        yield args.captions
+    if args.interactive:
+        sys.stdin.reconfigure(errors="replace")
+        with contextlib.suppress(EOFError):
+            while caption := input("caption> ").strip():
+                yield [caption]
+        print()
 
 
 # ---------------------------------------------------------------------------------------------- what is asked for
@@ -208,7 +212,7 @@ def load_condition(args, name, model, codec):
 
 def melody_condition(args, model, s, codec):
     """The pitch classes of --melody, repeated or cut to the duration."""
-    notes = melody_of(load_condition(args, "melody", model, codec).mean(0), codec.sample_rate)
+    notes = strongest(chroma_of([load_condition(args, "melody", model, codec)], codec.sample_rate))
     if (notes == SILENCE).all():
         raise UserError(f"--melody {args.melody}: no note is heard in it, between C2 and B7 and above -60 dBFS")
     needed = math.ceil(args.duration * CHROMA_RATE)
@@ -334,9 +338,7 @@ def main():
     folder = Path(args.out).parent if single else Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     seeds = itertools.count(args.seed)
-    for captions in itertools.chain(
-        [args.captions] if args.captions else [], ask_for_captions() if args.interactive else []
-    ):
+    for captions in lists_of_captions(args):
         say_what_is_heard(captions, model.conditioner.text, others)
         wanted = [(caption, next(seeds)) for caption in captions for _ in range(args.n)]
         paths = [Path(args.out) if single else folder / f"{file_name(*one)}.{args.format}" for one in wanted]

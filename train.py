@@ -1,8 +1,8 @@
 """Trains a MusicGen, top to bottom: restore, then per epoch train, valid, best, evaluate, generate, commit.
 
     python train.py config/demo.py                   # text to music on a laptop, in twenty minutes
-    torchrun --nproc_per_node=8 train.py config/small.py --data=data/mine
-    torchrun --nproc_per_node=8 train.py config/large.py --data=data/mine
+    torchrun --nproc_per_node=8 train.py config/small.py --data=data/music
+    torchrun --nproc_per_node=8 train.py config/large.py --data=data/music
     python train.py --help                           # every setting
 
 Ctrl-C saves a checkpoint after the step under way, and the same command resumes from it: on as many processes of a CPU,
@@ -13,7 +13,6 @@ import dataclasses
 import faulthandler
 import functools
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -21,14 +20,14 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read as torch is imported: a thread that waits sleeps soon
+import common  # before torch, whose threads it tells how to wait
 
+# isort: split
 import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import common
 import config
 import data
 import metrics
@@ -147,7 +146,7 @@ def main():
     out, last, best = Path(s.out), Path(s.out, "last.pt"), Path(s.out, "best.pt")
 
     # Data
-    if s.demo_clips and rank == 0:
+    if s.demo_clips:
         prepare_demo(s.data, s.demo_clips, s.codec, s.codec_weights)
     common.barrier()
     train_data, valid_data = data.Tokens(s.data, "train"), data.Tokens(s.data, "valid")
@@ -170,7 +169,7 @@ def main():
     torch.manual_seed(s.seed)  # here, as making the data and the codec draws numbers too
     is_sharded = world_size > 1 and s.parallel == "fsdp"
     has_weights = not saved and (rank == 0 or not is_sharded)  # else they come from a file, or from rank 0
-    with torch.device("cpu" if has_weights else "meta"):  # to draw them takes half a minute for small, 13 GB for large
+    with torch.device("cpu" if has_weights else "meta"):  # drawing takes half a minute for small, and 13 GB for large
         model = MusicLM(s, codec.describe(), tokenizer)
     T = model.trained_frames
     if not model.pattern(T // 2 if s.short_every else T, training=True, device="cpu").frame_mask.any(1).all():
@@ -235,6 +234,7 @@ def main():
                      data=train_data.meta.get("checksums"))  # in every checkpoint  # fmt: skip
     if saved and saved.get("data") not in (None, described["data"]):
         print(f"{s.data} holds other data than before: what follows is not what an unbroken run would give")
+    saved = start_from = None  # else the old file, which is mapped, would keep its room on the disk
     flops = functools.cache(model.flops)
     peak = world_size * (common.peak_flops(device, dtype) or math.inf)
     bar = tqdm(total=s.steps, initial=step, desc="training", file=sys.stdout, mininterval=1, smoothing=0.05)
@@ -299,7 +299,8 @@ def main():
         sums = common.sum_over_ranks(torch.cat([ce_q, signalled]))
         *ce_q, stopping, grad_norm = torch.cat([sums, grad_norm[None]]).tolist()
         step, is_finite = step + 1, math.isfinite(grad_norm)
-        skipped, skipped_in_a_row = skipped + (not is_finite), 0 if is_finite else skipped_in_a_row + 1
+        skipped += not is_finite
+        skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
         if not np.mean(ce_q) < DIVERGED or skipped_in_a_row == MOST_SKIPPED:
             raise UserError(f"step {step}: loss {np.mean(ce_q):g}, gradient norm {grad_norm:g}; a lower --lr may help."
                             f" The weights were not touched, and {last} is from an earlier step")  # fmt: skip

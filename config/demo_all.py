@@ -1,6 +1,6 @@
 """The demo with text, melody and style, any of which may be given or left out."""
 
-from config.demo_style import *  # noqa: F403
+from config.demo_style import *
 
 out = "out/demo_all"
 melody = True

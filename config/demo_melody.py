@@ -1,6 +1,6 @@
 """The demo with a melody to follow as well: its pitch classes stand before the sequence."""
 
-from config.demo_reference import *  # noqa: F403
+from config.demo_reference import *
 
 out = "out/demo_melody"
 melody = True

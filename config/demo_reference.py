@@ -1,6 +1,6 @@
 """The demo with MusicGen's own choices, and as much music in all: sinusoids, long items, nothing weighted."""
 
-from config.demo import *  # noqa: F403
+from config.demo import *
 
 out = "out/demo_reference"
 positions = "sinusoidal"

@@ -3,7 +3,7 @@
 What a style says is mostly in a clip's first frames, so that half as long items, twice as many of them, teach more.
 """
 
-from config.demo_reference import *  # noqa: F403
+from config.demo_reference import *
 
 out = "out/demo_style"
 style = True

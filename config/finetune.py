@@ -8,7 +8,7 @@
 The first run trains the text embedder alone, which starts anew in T5's place; the second all of the model.
 """
 
-from config.small import *  # noqa: F403
+from config.small import *
 
 out = "out/finetune"
 codec = "musicgen_32khz"

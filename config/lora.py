@@ -3,7 +3,7 @@
 python train.py config/lora.py --codec_weights=CODEC --init_from=out/imported/best.pt
 """
 
-from config.finetune import *  # noqa: F403
+from config.finetune import *
 
 out = "out/lora"
 lora_rank = 16

@@ -6,7 +6,7 @@
 For the published model's size, begin the file with `from config.medium import *`.
 """
 
-from config.small import *  # noqa: F403
+from config.small import *
 
 out = "out/melody"
 melody = True

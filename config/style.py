@@ -4,7 +4,7 @@ python prepare.py MUSIC --out data/music --codec encodec_24khz:3
 python train.py config/style.py
 """
 
-from config.small import *  # noqa: F403
+from config.small import *
 
 out = "out/style"
 style = True

@@ -268,11 +268,17 @@ def write_corpus(folder, clips, seed=0, workers=None):
 
 
 def prepare_demo(folder, clips, codec, codec_weights):
-    """The corpus in FOLDER_audio, and the data set that is prepared from it in FOLDER, where they are not there yet."""
+    """The corpus in FOLDER_audio, and the data set that is prepared from it in FOLDER, where they are not there yet.
+
+    Every rank must call it: rank 0 makes the corpus, and all of them encode it.
+    """
     audio = Path(f"{folder}_audio")
     stamp = audio / "corpus.json"
-    if not Path(folder, "meta.json").exists():
-        prepare.prepare(write_corpus(audio, clips), folder, codec, codec_weights, valid_fraction=0.07)
+    if not common.gather(Path(folder, "meta.json").exists())[0]:
+        if common.rank() == 0:
+            write_corpus(audio, clips)
+        common.barrier()
+        prepare.prepare(audio / "manifest.jsonl", folder, codec, codec_weights, valid_fraction=0.07)
     elif stamp.exists() and stamp.read_text() != stamp_of(clips):
         print(f"{folder} is of another corpus ({stamp.read_text()}, now {stamp_of(clips)}); remove it for this one")
 

@@ -166,7 +166,9 @@ def test_a_published_model_plays_at_once(folder, published, tmp_path, command):
     ours = load_model(out / "best.pt")[0]
     alone, text = (generate(ours, [given], 20, seeds=[1]) for given in ({}, {"text": "bells"}))
     assert torch.equal(alone, text) and alone.unique().numel() > 10
-    status, output = command(convert, "import", folder / "audiocraft", *settings)
+    status, output = command(convert, "import", folder / "hf", *settings)
+    assert status == 2 and f"{out}: holds a run; choose another --out" in output
+    status, output = command(convert, "import", folder / "audiocraft", *settings, f"--out={tmp_path / 'other'}")
     assert status == 2 and "has K 4, card 40, and musicgen_32khz K 4, card 64" in output
 
 

@@ -1,14 +1,17 @@
 """Shards to batches: a pure function of (seed, step), the same for any number of ranks."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 
 from codec import load_audio
 from common import UserError
-from conditioning import melody_of
+from conditioning import chromagram, strongest
 from config import Settings
-from data import Tokens, TrainingSteps, loader, unigram_ce, valid_batches
+from data import Tokens, TrainingSteps, ignore_signals, loader, unigram_ce, valid_batches
 
 
 def settings(**overrides):
@@ -90,7 +93,7 @@ def test_a_style_excerpt_leaves_the_loss_and_a_melody_is_the_segments_own(datase
         else:
             assert not left_out.any()
         if "melody" in sample:
-            whole = melody_of(load_audio(track["path"], 16_000)[0], 16_000)
+            whole = strongest(chromagram(load_audio(track["path"], 16_000), 16_000)[0])
             ours = codes[row, :, valid[row]].numpy()
             start = next(first for first in range(track["frames"])
                          if np.array_equal(tokens.codes(track, first, 400).T, ours))  # fmt: skip
@@ -148,3 +151,13 @@ def test_a_truncated_shard_is_refused(own_dataset):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(UserError, match="cannot be read"):
         Tokens(own_dataset, "train")
+
+
+def test_a_worker_that_draws_batches_outlives_the_signals_that_end_a_run():
+    """Torchrun and SLURM send SIGTERM to a run's whole group, and the step under way still needs its batch."""
+    numbers = torch.utils.data.DataLoader(range(40), None, num_workers=1, worker_init_fn=ignore_signals)
+    batches = iter(numbers)
+    found = [next(batches)]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(batches._workers[0].pid, number)
+    assert found + list(batches) == list(range(40))

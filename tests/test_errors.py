@@ -37,10 +37,10 @@ def test_the_real_command_line_ends_with_status_2_and_one_line():
     assert output == "train.py: error: command line: unknown setting 'stepz'; did you mean 'steps'?\n"
 
 
-@pytest.mark.parametrize("program", ["train.py", "sample.py", "metrics.py"])
+@pytest.mark.parametrize("program", ["train.py", "sample.py", "metrics.py", "-m tools.bench", "-m tools.play"])
 def test_threads_that_wait_leave_the_core_to_others(program, monkeypatch):
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # which `import train` has set here
-    shown = finish(start(program, "--help", OMP_DISPLAY_ENV="verbose"))
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # which `import common` has set here
+    shown = finish(start(*program.split(), "--help", OMP_DISPLAY_ENV="verbose"))
     if "GOMP_SPINCOUNT" not in shown:
         pytest.skip("torch's threads are not libgomp's here")
     assert "GOMP_SPINCOUNT = '1000'" in shown

@@ -382,9 +382,10 @@ def test_means_and_standard_errors_over_runs(capsys):
     results = [dict(fad=fad, chroma=0.5, chroma_chance=0.4, adherence={"drums": {"real": 1.0, "cfg 3": share}})
                for fad, share in ((10.0, 0.7), (12.0, 0.8), (14.0, 0.9))]  # fmt: skip
     results[0]["adherence"]["drums"]["cfg 4"] = 0.5  # which the others have not
+    results[0]["adherence"]["tempo"] = {"real": 1.0, "cfg 3": 0.5}
     metrics.print_means(results)
     printed = capsys.readouterr().out
-    assert "cfg 4" not in printed
+    assert "cfg 4" not in printed and "tempo" not in printed
     assert "fad                  12.00 ± 1.15" in printed and "0.80 ± 0.06" in printed  # 2 / sqrt(3), 0.1 / sqrt(3)
 
 

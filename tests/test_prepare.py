@@ -25,7 +25,7 @@ import demo.corpus as demo_corpus
 import prepare
 from codec import load_audio, load_codec
 from common import UserError
-from conditioning import chromagram, draw_conditions, melody_of, strongest
+from conditioning import chromagram, draw_conditions, strongest
 from config import Settings
 from data import Tokens, text_of
 from listen import KEYS, key_of, listen, onset_strength, tempo_of
@@ -174,7 +174,7 @@ def test_a_file_in_pieces_is_heard_as_a_whole(tmp_path, monkeypatch):
     codec, wav = load_codec("tiny"), load_audio(tmp_path / "a.wav", 16_000)
     whole = listen(tmp_path / "a.wav", codec)
     assert torch.equal(whole["codes"], codec.encode(wav[None])[0]) and whole["seconds"] == wav.shape[1] / 16_000
-    assert torch.equal(strongest(whole["chroma"]), melody_of(wav[0], 16_000))
+    assert torch.equal(strongest(whole["chroma"]), strongest(chromagram(wav, 16_000)[0]))
     assert whole["level"] == pytest.approx(10 * wav.square().mean().log10().item(), abs=1e-3)
     reads, usual = [], soundfile.SoundFile.read
     monkeypatch.setattr("listen.PIECE", 1)
@@ -225,11 +225,16 @@ def test_check_finds_what_is_wrong(own_dataset, capsys):
     assert check.check(own_dataset) == 2
     said = capsys.readouterr().out
     assert "token 512 at frame" in said and "train_000.npy: is gone, or not as it was prepared" in said
+    for damaged in ("[3]", '{"path": "a.wav"}', '{"reason": "\xff'):
+        (own_dataset / "skipped.jsonl").write_text(damaged, encoding="latin-1")
+        assert check.check(own_dataset) == 3
+        said = capsys.readouterr().out
+        assert "skipped.jsonl: is damaged, so what" in said and "skipped.jsonl: is gone, or not as it was" in said
     meta = json.loads((own_dataset / "meta.json").read_text())
     for suffix in (".npy", "_melody.npy", ".jsonl"):  # the training side stands on both sides
         shutil.copy(own_dataset / f"train_000{suffix}", own_dataset / f"valid_000{suffix}")
     (own_dataset / "meta.json").write_text(json.dumps({**meta, "valid": meta["train"]}))
-    assert check.check(own_dataset) == 2 + 4 + meta["train"]["tracks"]
+    assert check.check(own_dataset) == 2 + 5 + meta["train"]["tracks"]
     assert "is the same music as" in capsys.readouterr().out
 
 
@@ -528,7 +533,7 @@ def test_nothing_but_a_data_set_is_replaced(tmp_path):
     music, out = folder_of(tmp_path), tmp_path / "data" / "out"
     prepare.prepare(music, out, workers=1)
     (out / "notes.md").write_text("mine")
-    with pytest.raises(UserError, match=r"is no data set alone \(holds notes.md\)"):
+    with pytest.raises(UserError, match=r"holds notes.md"):
         prepare.prepare(music, out, workers=1, replace=True, captions=False)
     for place in (dict(encoded=tmp_path / "new" / "in"), dict(encoded=tmp_path), dict(encoded=tmp_path / "new")):
         with pytest.raises(UserError, match="must not lie in one another"):

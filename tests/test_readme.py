@@ -1,5 +1,6 @@
 """Every command of the README and the docs runs, at toy size and in a folder of its own."""
 
+import ast
 import concurrent.futures
 import importlib.util
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TOY, Ranks, finish, start
 
+import config
 import metrics
 import prepare
 import sample
@@ -126,6 +128,22 @@ def test_the_readme_has_its_two_commands_and_is_short():
     assert any(line.startswith("pip install -r requirements.txt && python train.py") for line in said)
     assert any(line.startswith("pip install -r requirements-dev.txt && ") for line in said)
     assert len(PROGRAMS) >= 25
+
+
+def test_the_settings_of_every_command_are_ones_that_a_run_could_use(monkeypatch):
+    """At their real size, and those of the programs' own docstrings too: `test_command` takes a toy's."""
+    monkeypatch.chdir(ROOT)
+    usages = [ast.get_docstring(ast.parse(path.read_text())) for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"))]
+    shown = re.findall(r"^    ((?:python|torchrun) .+)", "\n".join(filter(None, usages)), re.M)
+    seen = 0
+    for line in [*PROGRAMS, *shown]:
+        if found := re.match(r"[^#]*?(?:train\.py|tools\.estimate)\b([^#]*)", line):
+            processes = re.findall(r"--(?:nproc_per_node|processes)=(\d+)", found[0]) or [1]
+            words = shlex.split(found[1])
+            config.load([word for word in words if not word.startswith(("--processes", "--mfu", "--help"))], "",
+                        int(processes[0]))  # fmt: skip
+            seen += 1
+    assert seen >= 20
 
 
 def skip_ceilings():

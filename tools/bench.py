@@ -28,11 +28,13 @@ import time
 from copy import deepcopy
 from pathlib import Path
 
+import common  # before torch, whose threads it tells how to wait
+
+# isort: split
 import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-import common
 import config
 import data
 import prepare
@@ -338,7 +340,7 @@ def bench_scale(args):
         print(f"  an item drawn in {(time.perf_counter() - start) / 1.92:.2f} ms")
         model, path = make_model(args, 250, "cpu")[0], Path(folder, "last.pt")
         weights, start = model.state_dict(), time.perf_counter()
-        moments = {name: dict(exp_avg=weight, exp_avg_sq=weight) for name, weight in weights.items()}
+        moments = {name: dict(exp_avg=weight, exp_avg_sq=weight.clone()) for name, weight in weights.items()}
         common.save_checkpoint(path, "last", model=weights, ema=deepcopy(weights), optimizer=deepcopy(moments))
         size, wrote, start = path.stat().st_size / 1e9, time.perf_counter() - start, time.perf_counter()
         common.set_state(model, common.load_checkpoint(path)["model"])

@@ -1,8 +1,10 @@
 """The reference's weights, in and out: MusicGen's language model and codec, as audiocraft and Hugging Face have them.
 
-    python -m tools.convert codec PUBLISHED codec.safetensors                        # for --codec_weights
-    python -m tools.convert import PUBLISHED config/finetune.py --out=out/imported   # for --init_from and sample.py
+    python -m tools.convert codec PUBLISHED codec.safetensors      # for --codec_weights
+    python -m tools.convert import PUBLISHED config/finetune.py --codec_weights=codec.safetensors --out=out/imported
     python -m tools.convert export out/NAME/best.pt FOLDER --format hf
+
+What `import` writes is for --init_from, and for sample.py.
 
 PUBLISHED is a file, a folder that holds it, or hf:OWNER/NAME, which is downloaded where huggingface_hub is installed:
 
@@ -366,7 +368,9 @@ def convert_codec(path, file):
 
 def import_lm(path, s):
     """Writes OUT/best.pt, which continues audio, or plays by itself, but hears no text yet."""
-    opened = open_lm(path)
+    out, opened = Path(s.out), open_lm(path)
+    if (out / "best.pt").exists() or (out / "last.pt").exists():
+        raise UserError(f"{out}: holds a run; choose another --out, or remove it")
     s.dim, s.heads, s.layers, K, card = (opened[2][key] for key in ("dim", "heads", "layers", "K", "card"))
     s.lora_rank = 0
     codec = load_codec(s.codec, s.codec_weights)
@@ -376,7 +380,6 @@ def import_lm(path, s):
     tokenizer = data.read_tokenizer(s.data) if there else train_tokenizer([], 1000)
     model = MusicLM(s, codec.describe(), tokenizer)
     model.load_state_dict(read_lm(path, model, opened), strict=False)
-    out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     common.save_checkpoint(out / "best.pt", "best", ema=model.state_dict(), settings=vars(s), codec=codec.describe(),
                            tokenizer=tokenizer, step=0)  # fmt: skip

@@ -1,7 +1,7 @@
 """What a run will take, before it is begun: parameters, operations, memory by part, time. Allocates no weights.
 
     python -m tools.estimate config/small.py --processes=8
-    python -m tools.estimate config/large.py --processes=64 --parallel=fsdp --activation_checkpointing=True --mfu=0.35
+    python -m tools.estimate config/large.py --processes=48 --parallel=fsdp --activation_checkpointing=True --mfu=0.35
 
 --processes, 1 by default, and --mfu, the share of the device's peak that is taken for granted, 0.4 by default, come
 before or after the settings of train.py.
