@@ -5,6 +5,7 @@ Without torchrun there is one process, rank 0 of 1, and the functions for severa
 
 import contextlib
 import copy
+import ctypes
 import datetime
 import functools
 import importlib.util
@@ -132,6 +133,14 @@ def pick_device(name="auto", dtype="auto"):
     if dtype == "auto":
         dtype = "bfloat16" if has_fast_bfloat16(name) else "float32"
     return torch.device(name), getattr(torch, dtype)
+
+
+def keep_freed_memory():
+    """Has the C library keep what is freed. Else the system takes it, and clears new pages for it, at each step."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no tensor has pages of its own, which its end would give back
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor does the heap
 
 
 def has_fast_bfloat16(device_type):

@@ -408,6 +408,7 @@ def main():
     if unknown := set(filter(None, args.peers.split(","))) - set(peers.NAMES):
         raise UserError(f"--peers: there is no '{unknown.pop()}'; choose of {' and '.join(peers.NAMES)}")
     device, dtype = common.pick_device(args.device, args.dtype)
+    common.keep_freed_memory()  # as in train.py
     product, copy = ceilings(device, dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {str(dtype)[6:]}; ceilings: matrix product {product / 1e9:,.0f} GFLOP/s,"
