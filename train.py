@@ -143,7 +143,8 @@ def main():
     device = common.join(device, s.timeout)
     rank, world_size = common.rank(), common.world_size()
     torch.set_flush_denormal(True)
-    common.keep_freed_memory()
+    if device.type == "cpu":
+        common.keep_freed_memory()
     out, last, best = Path(s.out), Path(s.out, "last.pt"), Path(s.out, "best.pt")
 
     # Data

@@ -58,9 +58,9 @@ CONDITIONS = {"text": "a slow piano melody in a minor key, with drums"}
 ON_GPU = (  # each in a process of its own, so that the memory is its own
     "--work train --size small --train_batch 8 --train_frames 1500 --compile --peers",
     "--work train --size medium --train_batch 4 --train_frames 1500 --compile",
-    "--work run --size small",
-    "--work generate --size small --generate_batch 1,64 --compile",
-    "--work generate --size small --generate_batch 1,64 --generate_frames 100 --peers transformers",
+    "--work run --size small --train_batch 16 --train_frames 1500",
+    "--work generate --size small --generate_batch 1,64 --generate_frames 250 --compile",
+    "--work generate --size small --generate_batch 1,64 --generate_frames 50 --peers transformers",
     "--work prepare",
 )
 
@@ -408,7 +408,8 @@ def main():
     if unknown := set(filter(None, args.peers.split(","))) - set(peers.NAMES):
         raise UserError(f"--peers: there is no '{unknown.pop()}'; choose of {' and '.join(peers.NAMES)}")
     device, dtype = common.pick_device(args.device, args.dtype)
-    common.keep_freed_memory()  # as in train.py
+    if device.type == "cpu":  # as in train.py
+        common.keep_freed_memory()
     product, copy = ceilings(device, dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {str(dtype)[6:]}; ceilings: matrix product {product / 1e9:,.0f} GFLOP/s,"
