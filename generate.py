@@ -8,6 +8,8 @@ Letters: B streams, G groups of conditions for each, R = G B rows, K codebooks, 
 width, H heads, L condition length, P rows prepended, W steps of the cache in use.
 """
 
+import types
+
 import torch
 from torch import nn
 
@@ -141,9 +143,11 @@ def optimize(model, dtype=torch.float32, compiled=False):
                 module.weight.data = module.weight.data.t().contiguous().t()
     if compiled:
         common.prepare_to_compile(device)
-        # Not to look for changed modules saves a twentieth of a step.
+        # Not to look for changed modules saves a twentieth of a step, but then no other model may use what this one has
+        # compiled. So it has a copy of the function: torch keeps what it compiles by the code.
+        step = types.FunctionType(decode_one_step.__code__.replace(), globals())
         options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        model.compiled_step = torch.compile(decode_one_step, fullgraph=True, options=options)
+        model.compiled_step = torch.compile(step, fullgraph=True, options=options)
     return model
 
 

@@ -94,13 +94,15 @@ def test_lower_precision_in_generation_stays_close(monkeypatch):
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_compiled_generation_equals_eager():
-    eager, compiled = (
-        optimize(make_model(layers=1, positions="rope"), compiled=compiled) for compiled in (False, True)
-    )
-    for frames in (9, 33):  # within the trained length, and past it
-        options = dict(cfg=2.0, temperature=0, prompt=torch.ones(2, 4, 2, dtype=torch.int64))
-        ours, theirs = (generate(model, [ORGAN, {}], frames, **options) for model in (eager, compiled))
-        assert torch.equal(ours, theirs)
+    """Also where another model of the same shapes was compiled before."""
+    for positions, lengths in (("rope", (9, 33)), ("sinusoidal", (9,))):  # within the trained length, and past it
+        eager, compiled = (
+            optimize(make_model(layers=1, positions=positions), compiled=compiled) for compiled in (False, True)
+        )
+        for frames in lengths:
+            options = dict(cfg=2.0, temperature=0, prompt=torch.ones(2, 4, 2, dtype=torch.int64))
+            ours, theirs = (generate(model, [ORGAN, {}], frames, **options) for model in (eager, compiled))
+            assert torch.equal(ours, theirs)
 
 
 def test_a_sample_is_the_same_alone_and_in_a_batch():
