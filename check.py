@@ -135,9 +135,13 @@ def find_damage(folder):
 
 def check(folder):
     """Prints what is in a data set and what is wrong with it; returns the number of problems found."""
-    problems = find_damage(folder) + print_report(folder)
-    for problem in problems[:20]:
+    problems = find_damage(folder)
+    for problem in problems:
         print(f"problem: {problem}")
+    found = print_report(folder)
+    for problem in found[:20]:
+        print(f"problem: {problem}")
+    problems += found
     print(f"{len(problems)} problems" if problems else "no problems")
     return len(problems)
 

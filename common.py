@@ -46,6 +46,8 @@ def first_line(error):
 
 def run(main, when_memory_is_out="ask for less at once"):
     """Calls a program's main. Bad input ends it with one line and status 2, ctrl-C with status 130."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters, and file names be no UTF-8
     try:
         return main()
     except KeyboardInterrupt:
@@ -406,6 +408,8 @@ def load_checkpoint(path, kinds=("last", "best")):
         raise UserError(f"{path}: no such checkpoint; train one with: python train.py config/demo.py")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise UserError(f"{path}: may not be read; change its permissions") from None
     except Exception as error:
         raise UserError(f"{path}: truncated, or not a checkpoint ({first_line(error)}); use another one") from None
     if not isinstance(saved, dict) or "nanomusicgen" not in saved:

@@ -90,7 +90,11 @@ def read_tracks(path, frames):
     try:
         tracks = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         for track in tracks:
-            texts = (track["name"], track["caption"], *captions_of(track))
+            if type(track.get("captions", [""])) is not list or track.get("captions") == []:
+                raise ValueError(f"{track['name']}: its captions are no list")
+            texts = (track["name"], track["path"], track["caption"], *captions_of(track))
+            if not all(type(track.get(key, 0)) in (int, float) for key in ("level", "clipped")):
+                raise ValueError(f"{track['name']}: its level is no number")
             numbers = (track["first"], track["frames"])
             if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
                 raise ValueError(f"{track['name']}: a value is of the wrong kind")

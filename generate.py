@@ -17,7 +17,7 @@ import common
 from common import UserError
 from conditioning import CHROMA_RATE, to_device
 from config import FIELDS, Settings
-from model import MusicLM
+from model import MusicLM, refuse_other_weights
 
 UNKNOWN = -1  # in the place of a code that is to be found
 
@@ -27,6 +27,7 @@ def load_model(path, device="cpu"):
     saved = common.load_checkpoint(path)
     settings = Settings(**{key: value for key, value in saved["settings"].items() if key in FIELDS})
     model = MusicLM(settings, saved["codec"], saved["tokenizer"])
+    refuse_other_weights(model, saved["ema"], path)
     model.load_state_dict(saved["ema"])
     model.conditioner.text.words = frozenset(saved.get("words", ()))
     return model.eval().requires_grad_(False).to(device), settings, saved["codec"]

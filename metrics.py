@@ -412,6 +412,8 @@ def main():
     args = parser.parse_args()
     if args.clips < 1:
         raise UserError(f"--clips {args.clips}: must be at least 1")
+    if args.cfg is not None and not abs(args.cfg) < 1e6:
+        raise UserError(f"--cfg {args.cfg}: must be a number, 3 or so")
     device = common.join(common.pick_device(args.device)[0], timeout=3600)
     results = [measure(run, args.clips, args.cfg, device) for run in args.runs]
     if len(results) > 1:

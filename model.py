@@ -272,6 +272,14 @@ def freeze(model, patterns):
         raise UserError("freeze: nothing is left to train")
 
 
+def refuse_other_weights(model, state, path):
+    """Raises UserError where a checkpoint's state dict is not of this model, by names and shapes; LoRA may be new."""
+    ours, theirs = ({name: tensor.shape for name, tensor in of.items()} for of in (model.state_dict(), state))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name) and (".lora_" not in name or name in theirs):
+            raise UserError(f"{path}: its {name} does not fit; use the code and the settings that it was trained with")
+
+
 class LoRALinear(nn.Linear):
     """W plus a low-rank map learned beside it: W + alpha / rank * B A (arXiv:2106.09685), which is W at first."""
 

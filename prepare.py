@@ -182,8 +182,8 @@ def split_tracks(tracks, valid_fraction):
 
 def train_tokenizer(tracks, vocab_size):
     """SentencePiece (BPE, case folded, byte fallback) on every caption and 'key: value' of the metadata -> bytes."""
-    if vocab_size < 300:
-        raise UserError(f"--vocab_size {vocab_size}: must be 300 or more, of which 256 are bytes")
+    if not 300 <= vocab_size <= 1_000_000:
+        raise UserError(f"--vocab_size {vocab_size}: must be 300 or more, as 256 are bytes, and a million at most")
     sentences = [caption for track in tracks for caption in captions_of(track) if caption]
     sentences += sorted({f"{key}: {value}" for track in tracks for key, value in track["metadata"].items()})
     folded = [unicodedata.normalize("NFKC", sentence).casefold() for sentence in sentences]
@@ -277,14 +277,15 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     if is_data_set and not replace:
         raise UserError(f"{out}: holds other data; add --replace to write it anew (what is encoded is kept), or choose"
                         " another --out")  # fmt: skip
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; choose a new folder")
-    others = [path.name for path in out.iterdir() if not is_ours(path)] if out.exists() else []
-    if others:
-        raise UserError(f"{out}: is there already and is no data set alone (holds {others[0]}); choose another --out")
-    train_tokenizer(tracks, vocab_size)  # captions that it cannot take are found now, before hours of encoding
-
     work = out.with_name(out.name + ".partial")
+    for folder in (out, work):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file; choose another --out")
+        others = [path.name for path in folder.iterdir() if not is_ours(path)] if folder.exists() else []
+        if others:
+            raise UserError(f"{folder}: is there already and is no data set alone (holds {others[0]}); choose another"
+                            " --out")  # fmt: skip
+    train_tokenizer(tracks, vocab_size)  # captions that it cannot take are found now, before hours of encoding
     if common.rank() == 0:
         work.mkdir(parents=True, exist_ok=True)
         common.lock(work)
@@ -321,9 +322,8 @@ def state_of(path):
 
 def is_ours(path):
     """Whether a file in a data set's folder is one that `write_data_set` writes."""
-    return bool(
-        re.fullmatch(r"(train|valid)_\d+.*|counts.npy|tokenizer.model|skipped.jsonl|meta.json|\.\w+", path.name)
-    )
+    ours = r"(train|valid)_\d+.*|counts.npy|tokenizer.model|skipped.jsonl|meta.json(\.tmp)?|\.\w+"
+    return bool(re.fullmatch(ours, path.name)) and not path.is_dir()
 
 
 def why_left_out(about, min_seconds):
@@ -377,7 +377,6 @@ def main():
     parser.add_argument("--no-captions", action="store_true", help="make no text for tracks that have none")
     parser.add_argument("--encoded", default="", help="where encoded tracks are kept (default: encoded/ beside --out)")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     if args.music[0] == "check" and len(args.music) == 2:
         sys.exit(1 if check(args.music[1]) else 0)
     if len(args.music) != 1 or not args.out:

@@ -98,8 +98,8 @@ def parse_arguments(words=None):
 
 def check_arguments(args):
     """Raises UserError for what can be seen to be wrong before a model is loaded."""
-    if not 0 < args.duration < math.inf:
-        raise UserError(f"--duration {args.duration:g}: must be above 0 seconds")
+    if not 0 < args.duration <= 86_400:
+        raise UserError(f"--duration {args.duration:g}: must be above 0 seconds, and a day at most")
     if not 0 <= args.seed < 2**62:
         raise UserError(f"--seed {args.seed}: must lie between 0 and 2^62")
     if args.n < 1 or args.batch < 1:
@@ -169,7 +169,7 @@ def generation_options(args, model, s, codec):
     if not (options["top_k"] >= 0 and 0 <= options["temperature"] < math.inf and 0 <= options["top_p"] <= 1):
         raise UserError("--top_k and --temperature must be 0 or above, and --top_p between 0 and 1")
     for key in ("cfg", "cfg_beta"):
-        if not math.isfinite(options[key]):
+        if not abs(options[key]) < 1e6:
             raise UserError(f"--{key} {options[key]}: must be a number, 3 or so")
     frames, trained = max(1, round(args.duration * codec.frame_rate)), model.trained_frames
     stride = trained // 2
@@ -317,7 +317,6 @@ def main():
     args = parse_arguments()
     args.captions = read_captions(args)
     check_arguments(args)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a caption's letters
     if args.stream:
         sys.stdout = sys.stderr  # stdout is for the music
     model, s, codec = load(args)
@@ -342,9 +341,13 @@ def main():
         say_what_is_heard(captions, model.conditioner.text, others)
         wanted = [(caption, next(seeds)) for caption in captions for _ in range(args.n)]
         paths = [Path(args.out) if single else folder / f"{file_name(*one)}.{args.format}" for one in wanted]
-        for path in paths:
-            if path.exists():
-                raise UserError(f"{path}: is there already; choose another --seed or --out, or remove it")
+        made = [path.with_suffix(suffix) for path in paths for suffix in (path.suffix, ".json", ".png")]
+        if taken := next(filter(Path.exists, made), None):
+            error = UserError(f"{taken}: is there already; choose another --seed or --out, or remove it")
+            if not args.interactive:
+                raise error
+            print(error)
+            continue
         frames = -(-len(wanted) // args.batch) * options["frames"]
         with tqdm(total=frames, desc="generating", unit="frame", file=sys.stdout) as bar:
             for first in range(0, len(wanted), args.batch):

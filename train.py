@@ -34,7 +34,7 @@ import metrics
 from common import UserError
 from demo.corpus import prepare_demo
 from log import Log, by_codebook, with_perplexity
-from model import MusicLM, freeze, merge_lora
+from model import MusicLM, freeze, merge_lora, refuse_other_weights
 from tools import report
 
 DIVERGED = 100  # nats; blind guessing is ln(card), below 8
@@ -120,10 +120,20 @@ def is_due(step, every, s):
 
 
 def request_stop(signals, number, frame):
-    """On the first ctrl-C or SIGTERM, remembers it for the next step; a second ctrl-C ends the program at once."""
-    if signals and common.world_size() == 1:  # torchrun sends several
+    """On a signal, remembers it for the next step; a second ctrl-C ends the program at once."""
+    if number == signal.SIGINT and number in signals and common.world_size() == 1:  # torchrun sends several
         raise KeyboardInterrupt
     signals.append(number)
+
+
+def catch_signals():
+    """-> a list, to which ctrl-C, SIGTERM and the SIGHUP of a terminal that is closed add their numbers from now on."""
+    signals = []
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # as nohup has it
+            signal.signal(number, functools.partial(request_stop, signals))
+    return signals
 
 
 @dataclasses.dataclass
@@ -157,6 +167,7 @@ def main():
 
     # Model
     saved = common.load_checkpoint(last, ["last"]) if last.exists() else None
+    written = last.exists() and last.stat().st_mtime_ns
     if (saved and not s.resume) or (best.exists() and not saved):
         raise UserError(f"{out}: holds a run{'' if saved else ' without last.pt'}; choose another --out, or remove it")
     common.refuse_differences(**vars(s), step_of_last_pt=saved and saved["step"])
@@ -176,10 +187,17 @@ def main():
     T = model.trained_frames
     if not model.pattern(T // 2 if s.short_every else T, training=True, device="cpu").frame_mask.any(1).all():
         raise UserError(f"a segment of {T} frames leaves a codebook without a target; lengthen it")
+    if metrics.clip_frames(s, codec) < 2:
+        raise UserError(f"clip_seconds = {s.clip_seconds:g}: clips of less than two frames of the codec; lengthen them")
     if s.style and has_weights:
         model.conditioner.prepended["style"].set_codec(codec)
-    if s.init_from and has_weights:
-        model.load_state_dict(merge_lora(start_from["ema"], start_from["settings"]), strict=False)  # LoRA starts anew
+    if saved:
+        refuse_other_weights(model, saved["model"], last)
+    elif start_from:
+        averaged = merge_lora(start_from["ema"], start_from["settings"])
+        refuse_other_weights(model, averaged, s.init_from)
+        if has_weights:
+            model.load_state_dict(averaged, strict=False)  # LoRA starts anew
     freeze(model, s.freeze)
     ema = AveragedModel(model)
     ema.module.eval().requires_grad_(False)
@@ -214,20 +232,20 @@ def main():
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         common.lock(out)
+        if written != (last.exists() and last.stat().st_mtime_ns):
+            raise UserError(f"{out}: another run has saved there meanwhile; start again")
         common.write_json(out / "config.json", vars(s))
         code = common.git("rev-parse", "HEAD") + common.git("status", "--short") + common.git("diff", "HEAD")
         common.write_file(out / f"code_{step:06d}.diff", code.encode())
     log = Log(s, step if saved else -1)
-    best_ce = min((line["ce"] for line in log.history if line["stage"] == "best"), default=math.inf)
+    best_ce = next((line["ce"] for line in reversed(log.history) if line["stage"] == "best"), math.inf)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{parameters:.1f}M parameters on {world_size} x {device.type} in {s.dtype}")
     minutes = train_data.meta["train"]["frames"] / codec.frame_rate / 60
     print(f"{s.data}: {len(train_data.tracks)} tracks, {minutes:.0f} minutes, {len(valid_data.tracks)} tracks held out")
     if (padding := train_data.padding(T)) > 0.01:
         print(f"{padding:.0%} of its items is padding, as tracks are shorter than {s.segment:g} s; lower --segment")
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, functools.partial(request_stop, signals))
+    signals = catch_signals()
     prepare = model.conditioner.prepare
     micro_batch = s.micro_batch or s.batch_size // world_size
     batches = data.loader(data.TrainingSteps(train_data, prepare, T, s, rank, world_size), step, device)
@@ -236,6 +254,9 @@ def main():
                      data=train_data.meta.get("checksums"))  # in every checkpoint  # fmt: skip
     if saved and saved.get("data") not in (None, described["data"]):
         print(f"{s.data} holds other data than before: what follows is not what an unbroken run would give")
+        best_ce = math.inf
+    if saved and any(saved["settings"].get(key) != getattr(s, key) for key in ("segment", "valid_items")):
+        best_ce = math.inf  # that of other pieces does not compare
     saved = start_from = None  # else the old file, which is mapped, would keep its room on the disk
     flops = functools.cache(model.flops)
     peak = world_size * (common.peak_flops(device, dtype) or math.inf)
@@ -268,7 +289,8 @@ def main():
             if s.samples and is_due(step, s.generate_every, s):
                 log.stage("generate", step, epoch, clips=metrics.write_samples(best, codec, valid_data, step, s))
             if rank == 0 and step and s.keep_every and epoch % s.keep_every == 0:
-                shutil.copyfile(last, out / f"step_{step:06d}.pt")
+                shutil.copyfile(last, out / "step.tmp")
+                (out / "step.tmp").replace(out / f"step_{step:06d}.pt")
             log.stage("commit", step, epoch)
             if rank == 0:
                 report.write_page(out)
@@ -305,7 +327,7 @@ def main():
         skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
         if not np.mean(ce_q) < DIVERGED or skipped_in_a_row == MOST_SKIPPED:
             raise UserError(f"step {step}: loss {np.mean(ce_q):g}, gradient norm {grad_norm:g}; a lower --lr may help."
-                            f" The weights were not touched, and {last} is from an earlier step")  # fmt: skip
+                            " The weights were not touched; a last.pt is from an earlier step")  # fmt: skip
 
         # 4. Learning rate, optimizer, style's codebooks, EMA; nothing changes where the gradient is not finite
         if is_finite:

@@ -170,7 +170,7 @@ def from_text(key, text):
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -203,8 +203,15 @@ def check(s, processes):
     numbers = all(type(value) in (int, float) for value in s.style_seconds)
     if not (numbers and len(s.style_seconds) == 2 and 0 < s.style_seconds[0] <= s.style_seconds[1]):
         raise UserError(f"style_seconds = {s.style_seconds}: must be the shortest and the longest, 1.5,4.5")
-    if s.ema_decay == 1:
-        raise UserError("ema_decay = 1: an average that never changes; 0.99 is usual")
+    for key in ("beta1", "beta2", "ema_decay"):
+        if getattr(s, key) == 1:
+            raise UserError(f"{key} = 1: an average that never changes; 0.99 is usual")
+    if s.positions == "sinusoidal" and s.dim < 4:
+        raise UserError(f"dim = {s.dim}: must be 4 or above for sinusoidal positions")
+    if s.timeout > 10**9:
+        raise UserError(f"timeout = {s.timeout:g}: must be a billion seconds at most")
+    if not s.out or "\0" in s.out:
+        raise UserError(f"out = {s.out!r}: must name a folder")
     check_batch(s.batch_size, s.micro_batch, processes)
 
 

@@ -250,8 +250,9 @@ def write_corpus(folder, clips, seed=0, workers=None):
     folder.mkdir(parents=True, exist_ok=True)
     manifest, stamp = folder / "manifest.jsonl", folder / "corpus.json"
     wanted = stamp_of(clips, seed)
-    if not stamp.exists() and any(folder.iterdir()):
+    if not stamp.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"{folder}: holds other files; choose a new folder for the corpus")
+    common.lock(folder)
     if not stamp.exists() or stamp.read_text() != wanted:
         for stale in [manifest, *folder.glob("clip_*.*")]:
             stale.unlink(missing_ok=True)

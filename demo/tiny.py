@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from encodec.quantization import ResidualVectorQuantizer
 from torch import nn
 
-from common import UserError, first_line
+from common import UserError, first_line, write_file
 
 WEIGHTS = Path(__file__).parent / "tiny.pt"
 CODEC_FORMAT = 2
@@ -163,6 +163,8 @@ def save_tiny(model, path, **about):
             state[key] = torch.zeros(1, dtype=torch.half).expand_as(state[key])
     plain = io.BytesIO()
     torch.save({"codec_format": CODEC_FORMAT, "config": model.config, "model": state, "about": about}, plain)
-    with zipfile.ZipFile(plain) as parts, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as smaller:
+    content = io.BytesIO()
+    with zipfile.ZipFile(plain) as parts, zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as smaller:
         for name in parts.namelist():
             smaller.writestr(name, parts.read(name))
+    write_file(path, content.getvalue())

@@ -230,6 +230,9 @@ def main():
     command.add_argument("--clips", type=int, default=40, help="held-out clips of each folder, 40 at most (default 40)")
     command.set_defaults(run=evaluate)
     args = parser.parse_args()
+    for key, least in dict(steps=0, batch_size=1, length=2560, lr=0, valid_every=1, clips=1).items():
+        if not getattr(args, key, least) >= least:
+            raise UserError(f"--{key} {getattr(args, key)}: must be {least} or above")
     args.run(args)
 
 

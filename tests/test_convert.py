@@ -340,6 +340,8 @@ def exported(toy_run, tmp_path_factory):
 
 def test_fine_tuning_by_the_command_line(toy_run, exported, dataset, tmp_path, command):
     toy, out, imported = toy_run[0] / "best.pt", tmp_path / "out", tmp_path / "imported"
+    status, output = command(convert, "export", toy, toy_run[0])
+    assert status == 2 and f"{toy_run[0] / 'config.json'}: is there already; choose another folder" in output
     status, output = command(convert, "export", toy, "--format", "audiocraft", tmp_path / "other")
     assert status == 0 and "left out, as those programs have no place for them: the embedders of text" in output
     args = [*TOY, f"--data={dataset}", "--lr=1e-3", "--samples=0"]

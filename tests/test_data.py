@@ -1,5 +1,6 @@
 """Shards to batches: a pure function of (seed, step), the same for any number of ranks."""
 
+import json
 import os
 import signal
 
@@ -150,6 +151,16 @@ def test_a_truncated_shard_is_refused(own_dataset):
     path = own_dataset / "train_000.npy"
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(UserError, match="cannot be read"):
+        Tokens(own_dataset, "train")
+
+
+@pytest.mark.parametrize("change", [
+    {"captions": "loud"}, {"captions": []}, {"level": "x"}, {"clipped": None}, {"path": 5},
+])  # fmt: skip
+def test_a_track_that_is_damaged_is_refused_by_name(own_dataset, change):
+    first, *others = (own_dataset / "train_000.jsonl").read_text().splitlines()
+    (own_dataset / "train_000.jsonl").write_text("\n".join([json.dumps({**json.loads(first), **change}), *others]))
+    with pytest.raises(UserError, match="train_000.jsonl: is damaged"):
         Tokens(own_dataset, "train")
 
 

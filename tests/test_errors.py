@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 
+import filelock
 import numpy as np
 import pytest
 import soundfile
@@ -44,6 +45,11 @@ def test_threads_that_wait_leave_the_core_to_others(program, monkeypatch):
     if "GOMP_SPINCOUNT" not in shown:
         pytest.skip("torch's threads are not libgomp's here")
     assert "GOMP_SPINCOUNT = '1000'" in shown
+
+
+def test_what_a_terminal_cannot_show_ends_no_program():
+    code = "import common; common.run(lambda: print('Fr\\xe9chet'))"
+    assert finish(start("-c", code, PYTHONUTF8="0", PYTHONIOENCODING="ascii")) == "Fr\\xe9chet\n"
 
 
 @pytest.fixture
@@ -100,6 +106,11 @@ def test_a_corpus_is_not_written_over_other_files(command, music):
     assert sorted(path.name for path in music.iterdir()) == ["a.wav", "b.wav"]
 
 
+def test_two_runs_that_make_one_corpus(tmp_path, command):
+    with filelock.FileLock(tmp_path / ".lock"):
+        refused(command(demo_corpus, tmp_path, "--clips", 1, "--workers", 1), "another run is under way there; wait")
+
+
 def test_nothing_to_compile_with(command, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--compile=always"]
@@ -137,6 +148,7 @@ def test_settings_that_the_codec_cannot_serve(command, dataset, tmp_path):
     refused(command(train, *args, "--delays=0.5,1,2,3"), "4 whole numbers are needed")
     refused(command(train, *args, "--segment=0.06"), "a segment of 3 frames leaves a codebook without a target")
     refused(command(train, *args, "--segment=0.001"), "a segment of 0 frames")
+    refused(command(train, *args, "--clip_seconds=0.02"), "clip_seconds = 0.02: clips of less than two frames")
     refused(command(train, "config/demo.py", f"--data={tmp_path / 'mistyped'}"), "mistyped: not a prepared data set")
     assert not (tmp_path / "out").exists() and not (tmp_path / "mistyped_audio").exists()
 
@@ -216,6 +228,13 @@ def test_weights_that_cannot_begin_a_run(command, toy_run, dataset, tmp_path):
     refused(
         command(train, *args, f"--init_from={toy_run[0] / 'best.pt'}", "--dim=64"), "dim was 32, is 64", "same settings"
     )
+    saved, other = load(toy_run[0] / "best.pt"), tmp_path / "other.pt"
+    name = "blocks.0.up.weight"
+    lacking = {key: weight for key, weight in saved["ema"].items() if key != name}
+    for ema in (lacking, {**lacking, name: torch.zeros(3, 3)}, {**saved["ema"], "blocks.9.up.weight": torch.zeros(3)}):
+        torch.save({**saved, "ema": ema}, other)
+        for program, more in ((train, [*args, f"--init_from={other}"]), (sample, [other, "bells"])):
+            refused(command(program, *more), "other.pt: its blocks.", "does not fit; use the code and the settings")
     assert not (tmp_path / "out").exists()
 
 

@@ -376,6 +376,7 @@ def test_the_command_line(toy_run, tmp_path, command):
     assert re.search(r"\nreal( +\d\.\d\d ± 0\.00){4,}\n", output), "the same model twice differs by nothing"
     status, output = command(metrics, tmp_path, "--clips", 0)
     assert status == 2 and "--clips 0: must be at least 1" in output
+    assert "--cfg nan: must be a number" in command(metrics, tmp_path, "--cfg", "nan")[1]
 
 
 def test_means_and_standard_errors_over_runs(capsys):

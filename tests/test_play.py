@@ -162,6 +162,7 @@ def test_what_will_not_do_gets_one_line(server):
     for text in ("", "{", "[1]", "[" * 100_000, b"\xff"):
         assert "must be a JSON object" in server.refusal(text)
     assert "must be of type application/json" in server.refusal("{}", kind="text/plain"), "as other sites may send"
+    assert "application/json" not in server.refusal("{", kind="Application/JSON; charset=utf-8")
     for caption in ("", "\ud800 \0 \n", None, 5):
         assert server.ask({"caption": caption, "duration": 0.3})[0] == 200
     assert server.idle()

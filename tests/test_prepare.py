@@ -535,6 +535,11 @@ def test_nothing_but_a_data_set_is_replaced(tmp_path):
     (out / "notes.md").write_text("mine")
     with pytest.raises(UserError, match=r"holds notes.md"):
         prepare.prepare(music, out, workers=1, replace=True, captions=False)
+    (tmp_path / "data" / "new.partial").mkdir()  # where it would write
+    (tmp_path / "data" / "new.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"new.partial: .* \(holds thesis.txt\)"):
+        prepare.prepare(music, tmp_path / "data" / "new", workers=1)
+    assert (tmp_path / "data" / "new.partial" / "thesis.txt").read_text() == "mine"
     for place in (dict(encoded=tmp_path / "new" / "in"), dict(encoded=tmp_path), dict(encoded=tmp_path / "new")):
         with pytest.raises(UserError, match="must not lie in one another"):
             prepare.prepare(music, tmp_path / "new", workers=1, **place)

@@ -280,6 +280,44 @@ def test_stopped_in_mid_epoch_and_resumed_it_ends_bit_for_bit_the_same(dataset, 
         assert untimed(tmp_path / "whole" / name) == untimed(tmp_path / "parts" / name), name
 
 
+def test_a_second_ctrl_c_alone_ends_a_run_at_once():
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        train.request_stop(signals, number, None)
+    with pytest.raises(KeyboardInterrupt):
+        train.request_stop(signals, signal.SIGINT, None)
+
+
+def test_a_run_that_ended_while_another_was_starting_is_not_begun_again(
+    toy_run, dataset, tmp_path, command, monkeypatch
+):
+    usual, out = common.lock, tmp_path / "out"
+
+    def lock(folder):
+        shutil.copytree(
+            toy_run[0], out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock")
+        )  # the other run ends
+        usual(folder)
+
+    monkeypatch.setattr(common, "lock", lock)
+    status, printed = command(train, *TOY, f"--data={dataset}", f"--out={out}")
+    assert status == 2 and "another run has saved there meanwhile; start again" in printed
+    assert (out / "last.pt").read_bytes() == (toy_run[0] / "last.pt").read_bytes()
+
+
+def test_the_best_on_other_data_is_sought_anew(toy_run, own_dataset, tmp_path, command):
+    shutil.copytree(toy_run[0], tmp_path / "out")
+    lines_of = (tmp_path / "out" / "history.jsonl").read_text().replace('"ce": ', '"ce": 1e-9, "was": ')
+    (tmp_path / "out" / "history.jsonl").write_text(lines_of)  # so good that nothing is better
+    meta = json.loads((own_dataset / "meta.json").read_text())
+    meta["checksums"]["counts.npy"] = 1
+    (own_dataset / "meta.json").write_text(json.dumps(meta))
+    last = int(load(tmp_path / "out" / "last.pt")["step"])
+    args = (*TOY, f"--data={own_dataset}", f"--out={tmp_path / 'out'}", f"--steps={last + 3}")
+    assert "holds other data than before" in command(train, *args)[1]
+    assert load(tmp_path / "out" / "best.pt")["step"] == last + 3
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_a_resumed_run_lets_go_of_the_checkpoint_that_it_began_from(toy_run, dataset, tmp_path, command, monkeypatch):
     """Which it maps: a file that is replaced and still mapped keeps its room on the disk."""
@@ -300,6 +338,7 @@ def test_a_resumed_run_lets_go_of_the_checkpoint_that_it_began_from(toy_run, dat
 def test_lower_precision_resumes_bit_for_bit_too(dtype, dataset, tmp_path, command, monkeypatch):
     """For float16 with a loss scale that overflows at first, so that steps are skipped before and after the stop."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**32))
+    number = signal.SIGHUP if dtype == "float16" else signal.SIGTERM
     common = [*TOY, f"--data={dataset}", f"--dtype={dtype}", "--steps=24", "--epoch=12", "--samples=0", "--log_every=5"]
     common += ["--melody=True", "--style=True"]
     assert command(train, *common, f"--out={tmp_path / 'whole'}")[0] == 0
@@ -309,12 +348,13 @@ def test_lower_precision_resumes_bit_for_bit_too(dtype, dataset, tmp_path, comma
         def clip(*args):
             calls.append(1)
             if len(calls) == 4:
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(number)
+                signal.raise_signal(signal.SIGTERM)  # to a process and to its group, as schedulers do
             return usual(*args)
 
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
         status, output = command(train, *common, f"--out={tmp_path / 'parts'}")
-        assert status == 128 + signal.SIGTERM and "stopped at step 4" in output
+        assert status == 128 + number and "stopped at step 4" in output
     assert command(train, *common, f"--out={tmp_path / 'parts'}")[0] == 0
     assert same_run(tmp_path / "whole", tmp_path / "parts")
     whole, parts = (untimed(tmp_path / side / "metrics.jsonl") for side in ("whole", "parts"))

@@ -262,6 +262,9 @@ def export_lm(model, ours, settings, folder, layout):
     if layout == "hf" and model.delays != tuple(k // model.channels for k in range(model.K)):
         raise UserError(f"delays {model.delays}: Hugging Face's program has those of MusicGen built in")
     folder, theirs = Path(folder), {}
+    for name in ("state_dict.bin", "model.safetensors", "config.json", "generation_config.json"):
+        if (folder / name).exists():
+            raise UserError(f"{folder / name}: is there already; choose another folder, or remove it")
     layers, heads, D = settings.layers, settings.heads, settings.dim
     for mine, names in groups(layout, layers, model.K):
         whole = torch.cat([ours[name] for name in mine])

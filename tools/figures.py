@@ -40,7 +40,7 @@ def draw_learning(found, picture):
 
 def draw_epochs(run, picture, number):
     rounds = [line for line in read_log(run / "history.jsonl") if line["stage"] == "generate"]
-    if not rounds or number >= len(rounds[0]["clips"]):
+    if not rounds or not 0 <= number < len(rounds[0]["clips"]):
         raise UserError(f"{run}: has no samples of a clip {number}; train it with --samples={number + 1}")
     shown = [*rounds[:2], *rounds[2:][-1:]]
     clip = rounds[-1]["clips"][number]
@@ -155,7 +155,7 @@ def main():
         raise UserError(f"tools.figures: needs {error.name}; pip install pillow matplotlib") from None
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, soundfile.LibsndfileError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, soundfile.LibsndfileError) as error:
         raise UserError(f"{args.what}: cannot be drawn ({first_line(error)})") from None
     print(f"wrote {args.picture}")
 

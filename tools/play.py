@@ -174,7 +174,8 @@ def about(request):
 
 async def read_json(request):
     """A request's body, a dict; raises UserError. One too long is read to its end, or no browser hears the answer."""
-    if request.headers.get("content-type") != "application/json":  # which no page of another site may send here
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind.strip().lower() != "application/json":  # which no page of another site may send here
         raise UserError("the request must be of type application/json")
     body, size, most = bytearray(), 0, UPLOAD_MB * 4_000_000 // 3 + 10_000  # base64 is longer by a third
     async for part in request.stream():
@@ -233,7 +234,7 @@ def main():
     app = make_app(Studio(defaults))
     try:
         listening = socket.create_server((args.host, args.port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError) as error:
         raise UserError(f"--host {args.host} --port {args.port}: {common.first_line(error)}; choose another") from None
     print(f"open http://{args.host}:{listening.getsockname()[1]}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[listening])

@@ -396,7 +396,7 @@ def write_page(out):
     """As `write`, for train.py: a page is not worth a run, so what goes wrong is only said."""
     try:
         write(out)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         tqdm.write(f"the listening page was not written: {common.first_line(error)}", file=sys.stdout)
 
 
@@ -408,6 +408,10 @@ def main():
         print(f"wrote {write(run)}")
     except json.JSONDecodeError as error:
         raise UserError(f"{run}/config.json: not JSON ({error}); mend or remove it") from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"{run}: its config.json or a log is damaged ({common.first_line(error)})") from None
 
 
 if __name__ == "__main__":
