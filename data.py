@@ -90,9 +90,10 @@ def read_tracks(path, frames):
     try:
         tracks = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         for track in tracks:
-            if type(track.get("captions", [""])) is not list or track.get("captions") == []:
+            captions = captions_of(track)
+            if type(captions) is not list or not captions:
                 raise ValueError(f"{track['name']}: its captions are no list")
-            texts = (track["name"], track["path"], track["caption"], *captions_of(track))
+            texts = (track["name"], track["path"], track["caption"], *captions)
             if not all(type(track.get(key, 0)) in (int, float) for key in ("level", "clipped")):
                 raise ValueError(f"{track['name']}: its level is no number")
             numbers = (track["first"], track["frames"])

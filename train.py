@@ -105,13 +105,13 @@ def validate(model, batches, device, autocast):
 
 
 def refuse_another_model(saved, s, codec, path, same=SAME_MODEL):
-    """Raises UserError where a checkpoint is of another model than this run's; returns what else has changed."""
+    """Raises UserError where a checkpoint is of another model than this run's -> {what else has changed: in words}."""
     theirs, ours = {**saved["settings"], "codec": saved["codec"]["id"]}, {**vars(s), "codec": codec.id}
     changes = {key: f"{key} was {theirs.get(key)!r}, is {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]}
     other = [changes[key] for key in changes if key in same and (s.style or not key.startswith("style_"))]
     if other:
         raise UserError(f"{path}: another model ({', '.join(other)}); give it the same settings, or another --out")
-    return list(changes.values())
+    return changes
 
 
 def is_due(step, every, s):
@@ -128,11 +128,11 @@ def request_stop(signals, number, frame):
 
 def catch_signals():
     """-> a list, to which ctrl-C, SIGTERM and the SIGHUP of a terminal that is closed add their numbers from now on."""
-    signals = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # as nohup has it
-            signal.signal(number, functools.partial(request_stop, signals))
+    signals, numbers = [], [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not on Windows or under nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, functools.partial(request_stop, signals))
     return signals
 
 
@@ -172,7 +172,7 @@ def main():
         raise UserError(f"{out}: holds a run{'' if saved else ' without last.pt'}; choose another --out, or remove it")
     common.refuse_differences(**vars(s), step_of_last_pt=saved and saved["step"])
     start_from = saved or (common.load_checkpoint(s.init_from) if s.init_from else None)
-    tokenizer, changes = data.read_tokenizer(s.data), []
+    tokenizer, changes = data.read_tokenizer(s.data), {}
     if start_from:
         same = SAME_MODEL + SAME_RUN if saved else SAME_MODEL
         changes = refuse_another_model(start_from, s, codec, last if saved else s.init_from, same)
@@ -228,7 +228,7 @@ def main():
         ema.n_averaged.fill_(saved["ema_updates"])
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())  # empty unless it was a float16 run
         step, skipped, recent = saved["step"], saved["skipped"], saved["recent"]
-        print("; ".join([f"resuming from {last} at step {step}", *changes]))
+        print("; ".join([f"resuming from {last} at step {step}", *changes.values()]))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         common.lock(out)
@@ -252,10 +252,10 @@ def main():
     words = sorted({*train_data.words(), *(start_from or {}).get("words", ())}) if rank == 0 else []  # who alone saves
     described = dict(settings=vars(s), codec=codec.describe(), tokenizer=tokenizer, words=words,
                      data=train_data.meta.get("checksums"))  # in every checkpoint  # fmt: skip
-    if saved and saved.get("data") not in (None, described["data"]):
+    is_other_data = saved and saved.get("data") not in (None, described["data"])
+    if is_other_data:
         print(f"{s.data} holds other data than before: what follows is not what an unbroken run would give")
-        best_ce = math.inf
-    if saved and any(saved["settings"].get(key) != getattr(s, key) for key in ("segment", "valid_items")):
+    if is_other_data or changes.keys() & {"segment", "valid_items"}:
         best_ce = math.inf  # that of other pieces does not compare
     saved = start_from = None  # else the old file, which is mapped, would keep its room on the disk
     flops = functools.cache(model.flops)
@@ -327,7 +327,7 @@ def main():
         skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
         if not np.mean(ce_q) < DIVERGED or skipped_in_a_row == MOST_SKIPPED:
             raise UserError(f"step {step}: loss {np.mean(ce_q):g}, gradient norm {grad_norm:g}; a lower --lr may help."
-                            " The weights were not touched; a last.pt is from an earlier step")  # fmt: skip
+                            f" The weights were not touched; any {last} is from an earlier step")  # fmt: skip
 
         # 4. Learning rate, optimizer, style's codebooks, EMA; nothing changes where the gradient is not finite
         if is_finite:

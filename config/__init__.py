@@ -143,8 +143,8 @@ def typed(key, value, where):
         value = tuple(value) if type(value) is list else (value,)
     if type(value) is not kind:
         raise UserError(f"{where}: {key} must be {kind.__name__}, not {value!r}")
-    limit = 2**62 if key == "seed" else 10**12
-    if any(type(part) in (int, float) and not abs(part) < limit for part in (value if kind is tuple else (value,))):
+    parts, limit = value if kind is tuple else (value,), 2**62 if key == "seed" else 10**12
+    if any(type(part) in (int, float) and not abs(part) < limit for part in parts):
         raise UserError(f"{where}: {key} must be a number below {limit:,}, not {value!r}")
     return value
 

@@ -533,7 +533,7 @@ def test_nothing_but_a_data_set_is_replaced(tmp_path):
     music, out = folder_of(tmp_path), tmp_path / "data" / "out"
     prepare.prepare(music, out, workers=1)
     (out / "notes.md").write_text("mine")
-    with pytest.raises(UserError, match=r"holds notes.md"):
+    with pytest.raises(UserError, match=r"is no data set alone \(holds notes.md\)"):
         prepare.prepare(music, out, workers=1, replace=True, captions=False)
     (tmp_path / "data" / "new.partial").mkdir()  # where it would write
     (tmp_path / "data" / "new.partial" / "thesis.txt").write_text("mine")

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -231,6 +232,7 @@ def test_a_picture_of_the_epochs(toy_run, tmp_path, command):
     with Image.open(tmp_path / "epochs.png") as sheet:
         assert sheet.size == (800, 3 * 148)  # two epochs and the real music
         assert sheet.convert("L").resize((1, 1)).getpixel((0, 0)) < 200, "it is not blank"
+    assert "has no samples of a clip -1" in command(figures, toy_run[0], tmp_path / "epochs.png", "--clip", -1)[1]
     status, output = command(figures, toy_run[0], tmp_path / "epochs.png", "--clip", 7)
     assert status == 2 and "has no samples of a clip 7; train it with --samples=8" in output
 
@@ -250,3 +252,12 @@ def test_a_picture_of_a_folder_of_samples(suffix, tmp_path, command):
     about.unlink()
     status, output = command(figures, tmp_path, tmp_path / "samples.png")
     assert status == 2 and output.endswith(f"sample.py ... --out {tmp_path}\n"), "the whole line, however long"
+
+
+def test_the_checkpoint_that_is_timed_has_16_bytes_a_weight_as_a_runs_own(capsys):
+    args = bench.make_parser().parse_args(["--tracks", "4"])
+    args.card = 64
+    bench.bench_scale(args)
+    size = float(re.search(r"a checkpoint of ([\d.]+) GB", capsys.readouterr().out)[1])
+    weights = sum(p.numel() for p in bench.make_model(args, 250, "meta")[0].parameters())
+    assert size == pytest.approx(16e-9 * weights, rel=0.1)

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -280,6 +281,17 @@ def test_stopped_in_mid_epoch_and_resumed_it_ends_bit_for_bit_the_same(dataset, 
         assert untimed(tmp_path / "whole" / name) == untimed(tmp_path / "parts" / name), name
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_training_on_a_cpu_keeps_the_memory_that_it_frees(command, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(common, "keep_freed_memory", lambda: called.append(True))
+    assert command(train, f"--data={tmp_path}", "--device=cpu")[0] == 2 and called
+    grow = "import common, torch; from tools.bench import resident; {}; before = resident()\n"
+    grow += "tensor = torch.ones(2**25); del tensor; print((resident() - before) // 2**20)"
+    kept, given_back = (int(finish(start("-c", grow.format(how)))) for how in ("common.keep_freed_memory()", "pass"))
+    assert kept > 100 > 30 > given_back, "of 128 MiB"
+
+
 def test_a_second_ctrl_c_alone_ends_a_run_at_once():
     signals = []
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
@@ -305,16 +317,17 @@ def test_a_run_that_ended_while_another_was_starting_is_not_begun_again(
     assert (out / "last.pt").read_bytes() == (toy_run[0] / "last.pt").read_bytes()
 
 
-def test_the_best_on_other_data_is_sought_anew(toy_run, own_dataset, tmp_path, command):
+@pytest.mark.parametrize("change", [[], ["--valid_items=3"]])
+def test_the_best_on_other_data_is_sought_anew(toy_run, own_dataset, tmp_path, command, change):
     shutil.copytree(toy_run[0], tmp_path / "out")
     lines_of = (tmp_path / "out" / "history.jsonl").read_text().replace('"ce": ', '"ce": 1e-9, "was": ')
     (tmp_path / "out" / "history.jsonl").write_text(lines_of)  # so good that nothing is better
     meta = json.loads((own_dataset / "meta.json").read_text())
-    meta["checksums"]["counts.npy"] = 1
+    meta["checksums"]["counts.npy"] += not change
     (own_dataset / "meta.json").write_text(json.dumps(meta))
     last = int(load(tmp_path / "out" / "last.pt")["step"])
-    args = (*TOY, f"--data={own_dataset}", f"--out={tmp_path / 'out'}", f"--steps={last + 3}")
-    assert "holds other data than before" in command(train, *args)[1]
+    args = (*TOY, f"--data={own_dataset}", f"--out={tmp_path / 'out'}", f"--steps={last + 3}", *change)
+    assert ("holds other data than before" in command(train, *args)[1]) == (not change)
     assert load(tmp_path / "out" / "best.pt")["step"] == last + 3
 
 

@@ -392,11 +392,14 @@ def write(out):
     return out / "index.html"
 
 
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, StopIteration)  # what `write` raises where a file is damaged
+
+
 def write_page(out):
     """As `write`, for train.py: a page is not worth a run, so what goes wrong is only said."""
     try:
         write(out)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (OSError, *DAMAGE) as error:
         tqdm.write(f"the listening page was not written: {common.first_line(error)}", file=sys.stdout)
 
 
@@ -410,7 +413,7 @@ def main():
         raise UserError(f"{run}/config.json: not JSON ({error}); mend or remove it") from None
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except DAMAGE as error:
         raise UserError(f"{run}: its config.json or a log is damaged ({common.first_line(error)})") from None
 
 
