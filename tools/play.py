@@ -174,8 +174,8 @@ def about(request):
 
 async def read_json(request):
     """A request's body, a dict; raises UserError. One too long is read to its end, or no browser hears the answer."""
-    kind = request.headers.get("content-type", "").partition(";")[0]
-    if kind.strip().lower() != "application/json":  # which no page of another site may send here
+    media_type = request.headers.get("content-type", "").partition(";")[0]
+    if media_type.strip().lower() != "application/json":  # which no page of another site may send here
         raise UserError("the request must be of type application/json")
     body, size, most = bytearray(), 0, UPLOAD_MB * 4_000_000 // 3 + 10_000  # base64 is longer by a third
     async for part in request.stream():
