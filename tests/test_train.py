@@ -352,6 +352,7 @@ def test_lower_precision_resumes_bit_for_bit_too(dtype, dataset, tmp_path, comma
     """For float16 with a loss scale that overflows at first, so that steps are skipped before and after the stop."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**32))
     number = signal.SIGHUP if dtype == "float16" else signal.SIGTERM
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
     common = [*TOY, f"--data={dataset}", f"--dtype={dtype}", "--steps=24", "--epoch=12", "--samples=0", "--log_every=5"]
     common += ["--melody=True", "--style=True"]
     assert command(train, *common, f"--out={tmp_path / 'whole'}")[0] == 0
