@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -150,12 +149,6 @@ def has_fast_bfloat16(device_type):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities() if device_type == "cpu" else {}
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
-
-
-def is_amd():
-    """Whether the processor is of AMD's make."""
-    about = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (about.read_text() if about.exists() else platform.processor())
 
 
 def prepare_to_compile(device):

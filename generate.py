@@ -8,7 +8,9 @@ Letters: B streams, G groups of conditions for each, R = G B rows, K codebooks, 
 width, H heads, L condition length, P rows prepended, W steps of the cache in use.
 """
 
+import itertools
 import types
+import weakref
 
 import torch
 from torch import nn
@@ -132,16 +134,55 @@ def choose_codes(logits, uniform, temperature, top_k, top_p):
     return torch.minimum(code, last)
 
 
+PACKED = weakref.WeakValueDictionary()  # PackedLinear's weights by number: compiled code cannot hold such tensors
+torch.library.define("nanomusicgen::packed_linear", "(Tensor x, int number) -> Tensor")
+
+
+@torch.library.impl("nanomusicgen::packed_linear", "CPU")
+def packed_linear(x, number):
+    return torch.ops.mkldnn._linear_pointwise.default(x, PACKED[number], None, "none", [], "")
+
+
+@torch.library.register_fake("nanomusicgen::packed_linear")
+def packed_linear_shape(x, number):
+    return x.new_empty(*x.shape[:-1], len(PACKED[number]))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on a CPU whose weights lie as oneDNN multiplies by them.
+
+    F.linear has those in bfloat16 brought into that order anew for each product, and leaves float32 to MKL, which with
+    few rows takes twice the time.
+    """
+
+    numbers = itertools.count()
+
+    def __init__(self, linear):
+        super().__init__()
+        self.dtype, self.number = linear.weight.dtype, next(self.numbers)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 8)  # the best order for some 8 rows
+        PACKED[self.number] = self.weight
+
+    def forward(self, x):
+        return torch.ops.nanomusicgen.packed_linear.default(x.to(self.dtype), self.number)
+
+
 def optimize(model, dtype=torch.float32, compiled=False):
     """Keeps the weights of the products in `dtype`, and has a step compiled at its first use; returns the model."""
     device = model.embed.weight.device
-    # MKL, which multiplies in float32, is quicker there with few rows by a wide matrix; bfloat16 is oneDNN's.
-    in_columns = device.type == "cpu" and dtype == torch.float32 and common.is_amd()
-    for module in (*model.blocks.modules(), model.heads):
-        if isinstance(module, nn.Linear):
-            module.to(dtype)
-            if in_columns and module.out_features >= module.in_features:
-                module.weight.data = module.weight.data.t().contiguous().t()
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = dtype == torch.float32 or dtype == torch.bfloat16 and common.has_fast_bfloat16(device.type)
+    packed = fast and cpu.get("architecture") == "x86_64" and model.embed.embedding_dim > 256
+    # Where there is too little to multiply, MKL is as quick, and on AMD's processors quicker still by columns.
+    in_columns = dtype == torch.float32 and not packed and "AMD" in cpu.get("cpu_name", "")
+    for parent in (model, *model.blocks):
+        for name, module in [*parent.named_children()]:
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+                if packed and type(module) is nn.Linear:  # LoRA's has another forward
+                    setattr(parent, name, PackedLinear(module))
+                elif in_columns and module.out_features >= module.in_features:
+                    module.weight.data = module.weight.data.t().contiguous().t()
     if compiled:
         common.prepare_to_compile(device)
         # Not to look for changed modules saves a twentieth of a step, but then no other model may use what this one has

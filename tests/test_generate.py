@@ -1,5 +1,6 @@
 """Conditions to codes: what is cached, batched, streamed, guided and drawn changes nothing that it should not."""
 
+import gc
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from models import CODEC, EXCERPTS, ORGAN, PIANO, TOKENIZER, make_model
 import generate as generation
 from common import UserError
 from config import Settings
-from generate import choose_codes, condition_groups, generate, guide, optimize, stream
+from generate import PackedLinear, choose_codes, condition_groups, generate, guide, optimize, stream
 from model import MusicLM, attention, pattern_on
 
 
@@ -79,12 +80,13 @@ def test_prompts_of_different_lengths_in_one_batch():
         assert torch.equal(together[row], generate(model, [condition], 15, prompt[None], seeds=[3 + row], **sampled)[0])
 
 
-def test_lower_precision_in_generation_stays_close(monkeypatch):
+@pytest.mark.parametrize("dim", [32, 320])  # the wide one's weights are packed where the processor has bfloat16
+def test_lower_precision_in_generation_stays_close(dim, monkeypatch):
     """The logits of a step after a prompt, weights in bfloat16 against float32."""
     found, usual = [], generation.decode_one_step
     monkeypatch.setattr(generation, "decode_one_step", lambda *args: found.append(usual(*args)) or found[-1])
     for dtype in (torch.float32, torch.bfloat16):
-        model = optimize(make_model(), dtype)
+        model = optimize(make_model(dim=dim), dtype)
         assert model.blocks[0].up.weight.dtype == dtype and model.embed.weight.dtype == torch.float32
         generate(model, [ORGAN], 6, torch.zeros(1, 4, 5, dtype=torch.int64), cfg=1.0)
     exact, low = found[0], found[len(found) // 2]
@@ -95,10 +97,9 @@ def test_lower_precision_in_generation_stays_close(monkeypatch):
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_compiled_generation_equals_eager():
     """Also where another model of the same shapes was compiled before."""
-    for positions, lengths in (("rope", (9, 33)), ("sinusoidal", (9,))):  # within the trained length, and past it
-        eager, compiled = (
-            optimize(make_model(layers=1, positions=positions), compiled=compiled) for compiled in (False, True)
-        )
+    rope, wide = dict(positions="rope"), dict(positions="rope", dim=320)  # wide: with packed weights
+    for settings, lengths in ((rope, (9, 33)), ({}, (9,)), (wide, (9,)), (dict(wide, lively=False), (9,))):
+        eager, compiled = (optimize(make_model(layers=1, **settings), compiled=compiled) for compiled in (False, True))
         for frames in lengths:
             options = dict(cfg=2.0, temperature=0, prompt=torch.ones(2, 4, 2, dtype=torch.int64))
             ours, theirs = (generate(model, [ORGAN, {}], frames, **options) for model in (eager, compiled))
@@ -236,13 +237,40 @@ def test_gpu_a_recorded_step_chooses_the_codes_of_an_eager_one(options, monkeypa
     assert torch.equal(generate(make_model().cuda(), [PIANO, {}], 45, **options), recorded)
 
 
-@pytest.mark.parametrize("amd", [True, False])
-def test_weights_in_columns_choose_the_same_codes(amd, monkeypatch):
-    monkeypatch.setattr("common.is_amd", lambda: amd)
+HAS_PACKED = torch.cpu.get_capabilities().get("architecture") == "x86_64"
+
+
+def test_a_wide_model_in_float32_on_an_x86_has_its_weights_packed(monkeypatch):
+    """With other processors as they were; the codes are the same, and LoRA's products, which are two, stay torch's."""
+    wide = dict(dim=320, lora_rank=2, lora_targets=("qkv",))
+    options = dict(frames=12, seeds=[1, 2])
+    codes = generate(make_model(**wide), [PIANO, ORGAN], **options)
+    packed = optimize(make_model(**wide))
+    assert isinstance(packed.blocks[0].up, PackedLinear) == isinstance(packed.heads, PackedLinear) == HAS_PACKED
+    assert not isinstance(packed.blocks[0].qkv, PackedLinear)
+    assert torch.equal(generate(packed, [PIANO, ORGAN], **options), codes)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict(architecture="aarch64"))
+    assert not any(isinstance(module, PackedLinear) for module in optimize(make_model(**wide)).modules())
+
+
+@pytest.mark.skipif(not HAS_PACKED, reason="needs an x86 processor")
+def test_packed_weights_go_with_their_model():
+    before = len(generation.PACKED)
+    model = optimize(make_model(dim=320))
+    assert len(generation.PACKED) > before
+    del model
+    gc.collect()
+    assert len(generation.PACKED) == before
+
+
+@pytest.mark.parametrize("make", ["AMD EPYC", "Intel"])
+def test_weights_in_columns_choose_the_same_codes(make, monkeypatch):
+    """So they lie in a narrow model in float32 on AMD's processors."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict(architecture="x86_64", cpu_name=make))
     model = make_model()
     codes = generate(model, [PIANO, ORGAN], 12, seeds=[1, 2])
     block = optimize(model).blocks[0]
-    assert block.up.weight.is_contiguous() != amd and block.down.weight.is_contiguous()
+    assert block.up.weight.is_contiguous() != (make == "AMD EPYC") and block.down.weight.is_contiguous()
     assert torch.equal(generate(model, [PIANO, ORGAN], 12, seeds=[1, 2]), codes)
     assert optimize(make_model(), torch.bfloat16).blocks[0].up.weight.is_contiguous()
 

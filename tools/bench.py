@@ -276,6 +276,8 @@ def bench_generation(args, B, device, dtype, copy):
     L, T, rows = condition_length(args), args.generate_frames, {}
     for compiled in (False, True)[: 1 + args.compile]:
         model = make_model(args, T, device)[0].eval().requires_grad_(False)
+        weights = dtype.itemsize * sum(p.numel() for part in (model.blocks, model.heads) for name, p in
+                                       part.named_parameters() if "cross_kv" not in name)  # fmt: skip
         optimize(model, dtype, compiled)
         rows["ours", compiled] = functools.partial(generate, model, [CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K)
 
@@ -284,8 +286,6 @@ def bench_generation(args, B, device, dtype, copy):
 
     rows |= rows_of(args, make_peer)
     times = in_turn(rows, device, args.repeats)
-    weights = sum(p.numel() * p.element_size() for part in (model.blocks, model.heads) for name, p in
-                  part.named_parameters() if "cross_kv" not in name)  # fmt: skip
     title = (f"generation {args.size}: B {B}, {T} frames, guidance {CFG:g}, {str(dtype)[6:]}; frames/s of one stream;"
              f" ceiling: reading {weights / 1e6:.0f} MB of weights a frame")  # fmt: skip
     print_table(title, times, T, "frames/s", lambda rate: rate * weights / copy)
