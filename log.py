@@ -6,6 +6,7 @@ history.jsonl    a line for each stage of an epoch: valid, best, evaluate, gener
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -80,6 +81,29 @@ class Log:
 
     def is_committed(self, step):
         return any(line["step"] == step and line["stage"] == "commit" for line in self.history)
+
+
+class Terminal:
+    """stdout for as long as somebody reads it; calls `on_leave` when nobody does, as on ctrl-C, which ends `tee` too."""
+
+    def __init__(self, stream, on_leave):
+        self.stream, self.on_leave = stream, on_leave
+
+    def write(self, text):
+        self.unless_closed(self.stream.write, text)
+
+    def flush(self):
+        self.unless_closed(self.stream.flush)
+
+    def unless_closed(self, function, *args):
+        try:
+            function(*args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for what is written from now on
+            self.on_leave()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def numbers(line):

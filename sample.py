@@ -341,7 +341,8 @@ def main():
         say_what_is_heard(captions, model.conditioner.text, others)
         wanted = [(caption, next(seeds)) for caption in captions for _ in range(args.n)]
         paths = [Path(args.out) if single else folder / f"{file_name(*one)}.{args.format}" for one in wanted]
-        made = [path.with_suffix(suffix) for path in paths for suffix in (path.suffix, ".json", ".png")]
+        suffixes = [".json", ".png"][: 1 + args.spectrogram]
+        made = [path.with_suffix(suffix) for path in paths for suffix in (path.suffix, *suffixes)]
         if taken := next(filter(Path.exists, made), None):
             error = UserError(f"{taken}: is there already; choose another --seed or --out, or remove it")
             if not args.interactive:

@@ -33,7 +33,7 @@ import data
 import metrics
 from common import UserError
 from demo.corpus import prepare_demo
-from log import Log, by_codebook, with_perplexity
+from log import Log, Terminal, by_codebook, with_perplexity
 from model import MusicLM, freeze, merge_lora, refuse_other_weights
 from tools import report
 
@@ -127,12 +127,16 @@ def request_stop(signals, number, frame):
 
 
 def catch_signals():
-    """-> a list, to which ctrl-C, SIGTERM and the SIGHUP of a terminal that is closed add their numbers from now on."""
+    """-> a list, to which ctrl-C, SIGTERM and the SIGHUP of a terminal that is closed add their numbers from now on.
+
+    So does the end of the program that reads stdout, as if it were SIGTERM.
+    """
     signals, numbers = [], [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not on Windows or under nohup
         numbers.append(signal.SIGHUP)
     for number in numbers:
         signal.signal(number, functools.partial(request_stop, signals))
+    sys.stdout = Terminal(sys.stdout, lambda: signals.append(signal.SIGTERM))
     return signals
 
 

@@ -120,6 +120,9 @@ def test_a_file_is_not_written_over(play, tmp_path):
     assert "bells_0.wav: is there already; choose another --seed or --out" in play("bells", "--cfg", 5, status=2)
     np.testing.assert_array_equal(pcm(tmp_path / "out" / "bells_0.wav"), first)
     assert "bells_0.json: is there already" in play("bells", "--format", "flac", status=2)
+    (tmp_path / "out" / "bells_1.png").write_bytes(b"somebody's")  # in the way of a spectrogram, and of nothing else
+    assert "bells_1.png: is there already" in play("bells", "--seed", 1, "--spectrogram", status=2)
+    play("bells", "--seed", 1)
 
 
 def test_odd_requests_get_one_line(play, tmp_path):

@@ -420,6 +420,18 @@ def test_what_a_kill_cut_off_is_done_again_once(stage, dataset, tmp_path, comman
     assert len(list((tmp_path / "parts").glob("step_*.pt"))) == 2
 
 
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_stops(dataset, tmp_path):
+    """As after ctrl-C in `python train.py ... | tee log`, which ends tee first."""
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--steps=100000", "--epoch=50000", "--samples=0"]
+    process = start("train.py", *args)
+    while "tokens/s" not in process.stdout.readline():  # the bar, once it has a step to tell of
+        pass
+    process.stdout.close()
+    assert process.wait(timeout=240) == 128 + signal.SIGTERM
+    last = load(tmp_path / "out" / "last.pt")
+    assert 0 < last["step"] < 50000 and last["step"] == lines(tmp_path / "out" / "metrics.jsonl")[-1]["step"]
+
+
 def test_a_second_ctrl_c_ends_at_once(dataset, tmp_path, command, monkeypatch):
     monkeypatch.setattr(train, "validate", lambda *rest: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     status, output = command(train, *TOY, f"--data={dataset}", f"--out={tmp_path}")
