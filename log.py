@@ -84,23 +84,26 @@ class Log:
 
 
 class Terminal:
-    """stdout for as long as somebody reads it; calls `on_leave` when nobody does, as on ctrl-C, which ends `tee` too."""
+    """stdout, whose reader may go. A run in the background goes on without a terminal; `on_leave` is called where a
+    program that read it has ended, as `tee` does at once on ctrl-C.
+    """
 
     def __init__(self, stream, on_leave):
         self.stream, self.on_leave = stream, on_leave
 
     def write(self, text):
-        self.unless_closed(self.stream.write, text)
+        self.unless_gone(self.stream.write, text)
 
     def flush(self):
-        self.unless_closed(self.stream.flush)
+        self.unless_gone(self.stream.flush)
 
-    def unless_closed(self, function, *args):
+    def unless_gone(self, function, *args):
         try:
             function(*args)
-        except BrokenPipeError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for what is written from now on
-            self.on_leave()
+            if isinstance(error, BrokenPipeError):
+                self.on_leave()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

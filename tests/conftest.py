@@ -44,11 +44,11 @@ TOY = (
 ).split()
 
 
-def start(*words, cwd=ROOT, **environment):
+def start(*words, cwd=ROOT, stdout=subprocess.PIPE, **environment):
     """`python WORDS` as a user types it, on one thread."""
     return subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=cwd, text=True, errors="replace", stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=stdout, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         start_new_session=True,
     )  # fmt: skip
 

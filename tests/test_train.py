@@ -432,6 +432,19 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_stops(dataset, tmp_p
     assert 0 < last["step"] < 50000 and last["step"] == lines(tmp_path / "out" / "metrics.jsonl")[-1]["step"]
 
 
+def test_a_run_in_the_background_goes_on_when_its_terminal_is_closed(dataset, tmp_path):
+    terminal, side_of_the_run = os.openpty()
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--steps=200", "--epoch=100", "--samples=0"]
+    process = start("train.py", *args, stdout=side_of_the_run)
+    os.close(side_of_the_run)
+    seen = b""
+    while b"step 0: commit" not in seen:
+        seen += os.read(terminal, 1000)
+    os.close(terminal)
+    assert process.wait(timeout=240) == 0
+    assert load(tmp_path / "out" / "last.pt")["step"] == 200
+
+
 def test_a_second_ctrl_c_ends_at_once(dataset, tmp_path, command, monkeypatch):
     monkeypatch.setattr(train, "validate", lambda *rest: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     status, output = command(train, *TOY, f"--data={dataset}", f"--out={tmp_path}")
