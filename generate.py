@@ -8,6 +8,7 @@ Letters: B streams, G groups of conditions for each, R = G B rows, K codebooks, 
 width, H heads, L condition length, P rows prepended, W steps of the cache in use.
 """
 
+import functools
 import itertools
 import types
 import weakref
@@ -134,89 +135,6 @@ def choose_codes(logits, uniform, temperature, top_k, top_p):
     return torch.minimum(code, last)
 
 
-PACKED = weakref.WeakValueDictionary()  # PackedLinear's weights by number: compiled code cannot hold such tensors
-torch.library.define("nanomusicgen::packed_linear", "(Tensor x, int number) -> Tensor")
-
-
-@torch.library.impl("nanomusicgen::packed_linear", "CPU")
-def packed_linear(x, number):
-    return torch.ops.mkldnn._linear_pointwise.default(x, PACKED[number], None, "none", [], "")
-
-
-@torch.library.register_fake("nanomusicgen::packed_linear")
-def packed_linear_shape(x, number):
-    return x.new_empty(*x.shape[:-1], len(PACKED[number]))
-
-
-class PackedLinear(nn.Module):
-    """A linear layer on a CPU whose weights lie as oneDNN multiplies by them.
-
-    F.linear has those in bfloat16 brought into that order anew for each product, and leaves float32 to MKL, which with
-    few rows takes twice the time.
-    """
-
-    numbers = itertools.count()
-
-    def __init__(self, linear):
-        super().__init__()
-        self.dtype, self.number = linear.weight.dtype, next(self.numbers)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 8)  # the best order for some 8 rows
-        PACKED[self.number] = self.weight
-
-    def forward(self, x):
-        return torch.ops.nanomusicgen.packed_linear.default(x.to(self.dtype), self.number)
-
-
-def optimize(model, dtype=torch.float32, compiled=False):
-    """Keeps the weights of the products in `dtype`, and has a step compiled at its first use; returns the model."""
-    device = model.embed.weight.device
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    fast = dtype == torch.float32 or dtype == torch.bfloat16 and common.has_fast_bfloat16(device.type)
-    packed = fast and cpu.get("architecture") == "x86_64" and model.embed.embedding_dim > 256
-    # Where there is too little to multiply, MKL is as quick, and on AMD's processors quicker still by columns.
-    in_columns = dtype == torch.float32 and not packed and "AMD" in cpu.get("cpu_name", "")
-    for parent in (model, *model.blocks):
-        for name, module in [*parent.named_children()]:
-            if isinstance(module, nn.Linear):
-                module.to(dtype)
-                if packed and type(module) is nn.Linear:  # LoRA's has another forward
-                    setattr(parent, name, PackedLinear(module))
-                elif in_columns and module.out_features >= module.in_features:
-                    module.weight.data = module.weight.data.t().contiguous().t()
-    if compiled:
-        common.prepare_to_compile(device)
-        # Not to look for changed modules saves a twentieth of a step, but then no other model may use what this one has
-        # compiled. So it has a copy of the function: torch keeps what it compiles by the code.
-        step = types.FunctionType(decode_one_step.__code__.replace(), globals())
-        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        model.compiled_step = torch.compile(step, fullgraph=True, options=options)
-    return model
-
-
-class CUDAGraph:
-    """A function of tensors, recorded for GPUs, which launch its hundreds of kernels as one from then on.
-
-    It is called a few times with `inputs` first, which must not matter; its output is overwritten by the next call.
-    """
-
-    def __init__(self, function, *inputs):
-        self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()  # recording needs all that is set up at first use, made on another stream
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others load data meanwhile
-            self.output = function(*self.inputs)
-
-    def __call__(self, *inputs):
-        for tensor, new in zip(self.inputs, inputs):
-            tensor.copy_(new)
-        self.graph.replay()
-        return self.output
-
-
 def generate(model, conditions, frames, prompt=None, progress=lambda frames: None, **options):
     """All that `stream` yields, in one: codes int64 [B, K, frames]. progress: told how many frames each part has."""
     parts = []
@@ -309,3 +227,95 @@ def precision(model):
     """The context in which products are made in the type of the weights that `optimize` has left."""
     device, dtype = model.heads.weight.device.type, model.heads.weight.dtype
     return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+def optimize(model, dtype=torch.float32, compiled=False):
+    """Keeps the weights of the products in `dtype`, and has a step compiled at its first use; returns the model."""
+    device = model.embed.weight.device
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    in_hardware = dtype == torch.float32 or (dtype == torch.bfloat16 and common.has_fast_bfloat16(device.type))
+    # A narrow model gains nothing by packing, but in float32 something by columns, where MKL runs on AMD's processors.
+    packed = cpu.get("architecture") == "x86_64" and in_hardware and model.embed.embedding_dim > 256
+    in_columns = "AMD" in cpu.get("cpu_name", "") and dtype == torch.float32 and not packed
+    for parent in (model, *model.blocks):
+        for name, module in [*parent.named_children()]:
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+                if packed and type(module) is nn.Linear:  # LoRA's has another forward
+                    setattr(parent, name, PackedLinear(module))
+                elif in_columns and module.out_features >= module.in_features:
+                    module.weight.data = module.weight.data.t().contiguous().t()
+    if compiled:
+        common.prepare_to_compile(device)
+        # Not to look for changed modules saves a twentieth of a step, but then no other model may use what this one has
+        # compiled. So it has a copy of the function: torch keeps what it compiles by the code.
+        step = types.FunctionType(decode_one_step.__code__.replace(), globals())
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        model.compiled_step = torch.compile(step, fullgraph=True, options=options)
+    return model
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on a CPU whose weights lie as oneDNN multiplies by them.
+
+    F.linear has those in bfloat16 brought into that order anew for each product, and leaves float32 to MKL, which with
+    few rows takes twice the time.
+    """
+
+    packed = weakref.WeakValueDictionary()  # weights by number, as a compiled step can hold no tensor of that kind
+    numbers = itertools.count()
+
+    def __init__(self, linear):
+        super().__init__()
+        self.dtype, self.number, self.product = linear.weight.dtype, next(self.numbers), product_by_number()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 8)  # the best order for some 8 rows
+        self.packed[self.number] = self.weight
+
+    def forward(self, x):
+        return self.product(x.to(self.dtype), self.number)
+
+
+LIBRARY = torch.library.Library("nanomusicgen", "FRAGMENT")  # its operators end with it, if this file is loaded again
+
+
+@functools.cache
+def product_by_number():
+    """The operator (x [..., in], number) -> x multiplied by those weights of PackedLinear's, [..., out]."""
+    LIBRARY.define("packed_linear(Tensor x, int number) -> Tensor")
+
+    @torch.library.impl(LIBRARY, "packed_linear", "CPU")
+    def product(x, number):
+        return torch.ops.mkldnn._linear_pointwise.default(x, PackedLinear.packed[number], None, "none", [], "")
+
+    @torch.library.register_fake("nanomusicgen::packed_linear", lib=LIBRARY)
+    def shape(x, number):
+        return x.new_empty(*x.shape[:-1], len(PackedLinear.packed[number]))
+
+    return torch.ops.nanomusicgen.packed_linear.default
+
+
+class CUDAGraph:
+    """A function of tensors, recorded for GPUs, which launch its hundreds of kernels as one from then on.
+
+    It is called a few times with `inputs` first, which must not matter; its output is overwritten by the next call.
+    """
+
+    def __init__(self, function, *inputs):
+        self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()  # recording needs all that is set up at first use, made on another stream
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others load data meanwhile
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        for tensor, new in zip(self.inputs, inputs):
+            tensor.copy_(new)
+        self.graph.replay()
+        return self.output

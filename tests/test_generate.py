@@ -2,10 +2,12 @@
 
 import gc
 import shutil
+import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import finish, start
 from models import CODEC, EXCERPTS, ORGAN, PIANO, TOKENIZER, make_model
 
 import generate as generation
@@ -169,8 +171,8 @@ def test_windows_continue_by_the_stride(monkeypatch):
         codes = generate(model, [{"text": "bells"}], 110, stride=stride)
         kept = 50 - (stride or 25)
         assert codes.shape == (1, 4, 110) and len(contexts) == len(starts)
-        for start, context in zip(starts, contexts):
-            assert torch.equal(context, codes[:, :, max(0, start - kept) : start])
+        for first, context in zip(starts, contexts):
+            assert torch.equal(context, codes[:, :, max(0, first - kept) : first])
     for stride in (-1, 50, 60):
         with pytest.raises(UserError, match="must be above 0 and below the 50 frames of training"):
             generate(model, [{}], 60, stride=stride)
@@ -254,13 +256,29 @@ def test_a_wide_model_in_float32_on_an_x86_has_its_weights_packed(monkeypatch):
 
 
 @pytest.mark.skipif(not HAS_PACKED, reason="needs an x86 processor")
+def test_generate_can_be_loaded_again_as_in_a_notebook():
+    program = """
+        import importlib, sys
+        sys.path.insert(0, "tests")
+        import generate
+        from models import make_model
+        for _ in range(2):
+            model = generate.optimize(make_model(dim=320))
+            assert isinstance(model.heads, generate.PackedLinear)
+            generate.generate(model, [{"text": "piano"}], 3)
+            importlib.reload(generate)
+    """
+    finish(start("-c", textwrap.dedent(program)))
+
+
+@pytest.mark.skipif(not HAS_PACKED, reason="needs an x86 processor")
 def test_packed_weights_go_with_their_model():
-    before = len(generation.PACKED)
+    before = len(PackedLinear.packed)
     model = optimize(make_model(dim=320))
-    assert len(generation.PACKED) > before
+    assert len(PackedLinear.packed) > before
     del model
     gc.collect()
-    assert len(generation.PACKED) == before
+    assert len(PackedLinear.packed) == before
 
 
 @pytest.mark.parametrize("make", ["AMD EPYC", "Intel"])
