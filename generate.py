@@ -8,10 +8,7 @@ Letters: B streams, G groups of conditions for each, R = G B rows, K codebooks, 
 width, H heads, L condition length, P rows prepended, W steps of the cache in use.
 """
 
-import functools
-import itertools
 import types
-import weakref
 
 import torch
 from torch import nn
@@ -21,6 +18,7 @@ from common import UserError
 from conditioning import CHROMA_RATE, to_device
 from config import FIELDS, Settings
 from model import MusicLM, refuse_other_weights
+from packed import PackedLinear, can_pack, is_amd
 
 UNKNOWN = -1  # in the place of a code that is to be found
 
@@ -233,20 +231,19 @@ def precision(model):
 
 
 def optimize(model, dtype=torch.float32, compiled=False):
-    """Keeps the weights of the products in `dtype`, and has a step compiled at its first use; returns the model."""
+    """Keeps the weights of the products in `dtype`, and has a step compiled at its first use; returns the model.
+
+    From then on it is for generation alone, on its device: packed weights are no parameters of it.
+    """
     device = model.embed.weight.device
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    in_hardware = dtype == torch.float32 or (dtype == torch.bfloat16 and common.has_fast_bfloat16(device.type))
-    # A narrow model gains nothing by packing, but in float32 something by columns, where MKL runs on AMD's processors.
-    packed = cpu.get("architecture") == "x86_64" and in_hardware and model.embed.embedding_dim > 256
-    in_columns = "AMD" in cpu.get("cpu_name", "") and dtype == torch.float32 and not packed
+    packed, in_columns = can_pack(device, dtype), device.type == "cpu" and dtype == torch.float32 and is_amd()
     for parent in (model, *model.blocks):
         for name, module in [*parent.named_children()]:
             if isinstance(module, nn.Linear):
                 module.to(dtype)
-                if packed and type(module) is nn.Linear:  # LoRA's has another forward
+                if packed and module.in_features >= 512 and type(module) is nn.Linear:  # LoRA's has another forward
                     setattr(parent, name, PackedLinear(module))
-                elif in_columns and module.out_features >= module.in_features:
+                elif in_columns and module.out_features >= module.in_features:  # quicker there by MKL
                     module.weight.data = module.weight.data.t().contiguous().t()
     if compiled:
         common.prepare_to_compile(device)
@@ -256,45 +253,6 @@ def optimize(model, dtype=torch.float32, compiled=False):
         options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         model.compiled_step = torch.compile(step, fullgraph=True, options=options)
     return model
-
-
-class PackedLinear(nn.Module):
-    """A linear layer on a CPU whose weights lie as oneDNN multiplies by them.
-
-    F.linear has those in bfloat16 brought into that order anew for each product, and leaves float32 to MKL, which with
-    few rows takes twice the time.
-    """
-
-    packed = weakref.WeakValueDictionary()  # weights by number, as a compiled step can hold no tensor of that kind
-    numbers = itertools.count()
-
-    def __init__(self, linear):
-        super().__init__()
-        self.dtype, self.number, self.product = linear.weight.dtype, next(self.numbers), product_by_number()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 8)  # the best order for some 8 rows
-        self.packed[self.number] = self.weight
-
-    def forward(self, x):
-        return self.product(x.to(self.dtype), self.number)
-
-
-LIBRARY = torch.library.Library("nanomusicgen", "FRAGMENT")  # its operators end with it, if this file is loaded again
-
-
-@functools.cache
-def product_by_number():
-    """The operator (x [..., in], number) -> x multiplied by those weights of PackedLinear's, [..., out]."""
-    LIBRARY.define("packed_linear(Tensor x, int number) -> Tensor")
-
-    @torch.library.impl(LIBRARY, "packed_linear", "CPU")
-    def product(x, number):
-        return torch.ops.mkldnn._linear_pointwise.default(x, PackedLinear.packed[number], None, "none", [], "")
-
-    @torch.library.register_fake("nanomusicgen::packed_linear", lib=LIBRARY)
-    def shape(x, number):
-        return x.new_empty(*x.shape[:-1], len(PackedLinear.packed[number]))
-
-    return torch.ops.nanomusicgen.packed_linear.default
 
 
 class CUDAGraph:

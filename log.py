@@ -4,6 +4,7 @@ metrics.jsonl    a line each few steps: step, epoch, ce, ppl, ce_q1, ppl_q1 ...,
 history.jsonl    a line for each stage of an epoch: valid, best, evaluate, generate, commit
 """
 
+import errno
 import json
 import math
 import os
@@ -84,8 +85,9 @@ class Log:
 
 
 class Terminal:
-    """stdout, whose reader may go. A run in the background goes on without a terminal; `on_leave` is called where a
-    program that read it has ended, as `tee` does at once on ctrl-C.
+    """stdout, whose reader may go. Where that was a program, as `tee`, which ctrl-C ends too, `on_leave` is called.
+
+    Where it was the terminal of a run that goes on without one, what is printed from then on is dropped.
     """
 
     def __init__(self, stream, on_leave):
@@ -101,9 +103,12 @@ class Terminal:
         try:
             function(*args)
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # for what is written from now on
-            if isinstance(error, BrokenPipeError):
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            if error.errno == errno.EPIPE:
                 self.on_leave()
+            with open(os.devnull, "w") as nowhere:  # for what is written from now on
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

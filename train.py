@@ -129,7 +129,7 @@ def request_stop(signals, number, frame):
 def catch_signals():
     """-> a list, to which ctrl-C, SIGTERM and the SIGHUP of a terminal that is closed add their numbers from now on.
 
-    So does the end of the program that reads stdout, as if it were SIGTERM.
+    When a program that reads stdout ends, SIGTERM is added.
     """
     signals, numbers = [], [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not on Windows or under nohup

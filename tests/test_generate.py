@@ -1,20 +1,24 @@
 """Conditions to codes: what is cached, batched, streamed, guided and drawn changes nothing that it should not."""
 
 import gc
+import importlib
+import platform
 import shutil
-import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import finish, start
 from models import CODEC, EXCERPTS, ORGAN, PIANO, TOKENIZER, make_model
 
 import generate as generation
-from common import UserError
+from common import UserError, has_fast_bfloat16
 from config import Settings
-from generate import PackedLinear, choose_codes, condition_groups, generate, guide, optimize, stream
+from generate import choose_codes, condition_groups, generate, guide, optimize, stream
 from model import MusicLM, attention, pattern_on
+from packed import PackedLinear
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+can_be_packed = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="needs an x86")
 
 
 def test_a_condition_that_the_model_was_not_trained_with_is_refused():
@@ -82,13 +86,12 @@ def test_prompts_of_different_lengths_in_one_batch():
         assert torch.equal(together[row], generate(model, [condition], 15, prompt[None], seeds=[3 + row], **sampled)[0])
 
 
-@pytest.mark.parametrize("dim", [32, 320])  # the wide one's weights are packed where the processor has bfloat16
-def test_lower_precision_in_generation_stays_close(dim, monkeypatch):
+def test_lower_precision_in_generation_stays_close(monkeypatch):
     """The logits of a step after a prompt, weights in bfloat16 against float32."""
     found, usual = [], generation.decode_one_step
     monkeypatch.setattr(generation, "decode_one_step", lambda *args: found.append(usual(*args)) or found[-1])
     for dtype in (torch.float32, torch.bfloat16):
-        model = optimize(make_model(dim=dim), dtype)
+        model = optimize(make_model(), dtype)
         assert model.blocks[0].up.weight.dtype == dtype and model.embed.weight.dtype == torch.float32
         generate(model, [ORGAN], 6, torch.zeros(1, 4, 5, dtype=torch.int64), cfg=1.0)
     exact, low = found[0], found[len(found) // 2]
@@ -96,16 +99,30 @@ def test_lower_precision_in_generation_stays_close(dim, monkeypatch):
     assert (exact - low).norm() < 0.03 * exact.norm()
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def equal_when_compiled(lengths, dtype=torch.float32, **settings):
+    eager, compiled = (optimize(make_model(layers=1, **settings), dtype, compiled) for compiled in (False, True))
+    for frames in lengths:
+        options = dict(cfg=2.0, temperature=0, prompt=torch.ones(2, 4, 2, dtype=torch.int64))
+        ours, theirs = (generate(model, [ORGAN, {}], frames, **options) for model in (eager, compiled))
+        assert torch.equal(ours, theirs)
+
+
+@needs_compiler
 def test_compiled_generation_equals_eager():
-    """Also where another model of the same shapes was compiled before."""
-    rope, wide = dict(positions="rope"), dict(positions="rope", dim=320)  # wide: with packed weights
-    for settings, lengths in ((rope, (9, 33)), ({}, (9,)), (wide, (9,)), (dict(wide, lively=False), (9,))):
-        eager, compiled = (optimize(make_model(layers=1, **settings), compiled=compiled) for compiled in (False, True))
-        for frames in lengths:
-            options = dict(cfg=2.0, temperature=0, prompt=torch.ones(2, 4, 2, dtype=torch.int64))
-            ours, theirs = (generate(model, [ORGAN, {}], frames, **options) for model in (eager, compiled))
-            assert torch.equal(ours, theirs)
+    """Within the trained length and past it; also where another model of the same shapes was compiled before."""
+    equal_when_compiled((9, 33), positions="rope")
+    equal_when_compiled((9,), positions="sinusoidal")
+
+
+@needs_compiler
+@can_be_packed
+def test_compiled_generation_equals_eager_with_packed_weights(monkeypatch):
+    """Each model's own, where two have the same shapes; and in bfloat16, where the processor has it."""
+    monkeypatch.setattr("packed.is_amd", lambda: True)
+    for lively in (True, False):
+        equal_when_compiled((9,), positions="rope", dim=512, lively=lively)
+    if has_fast_bfloat16("cpu"):
+        equal_when_compiled((9,), torch.bfloat16, positions="rope", dim=512)
 
 
 def test_a_sample_is_the_same_alone_and_in_a_batch():
@@ -239,52 +256,53 @@ def test_gpu_a_recorded_step_chooses_the_codes_of_an_eager_one(options, monkeypa
     assert torch.equal(generate(make_model().cuda(), [PIANO, {}], 45, **options), recorded)
 
 
-HAS_PACKED = torch.cpu.get_capabilities().get("architecture") == "x86_64"
+def on_amd(monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict(cpu_name="AMD EPYC"))
 
 
-def test_a_wide_model_in_float32_on_an_x86_has_its_weights_packed(monkeypatch):
-    """With other processors as they were; the codes are the same, and LoRA's products, which are two, stay torch's."""
-    wide = dict(dim=320, lora_rank=2, lora_targets=("qkv",))
-    options = dict(frames=12, seeds=[1, 2])
-    codes = generate(make_model(**wide), [PIANO, ORGAN], **options)
-    packed = optimize(make_model(**wide))
-    assert isinstance(packed.blocks[0].up, PackedLinear) == isinstance(packed.heads, PackedLinear) == HAS_PACKED
-    assert not isinstance(packed.blocks[0].qkv, PackedLinear)
-    assert torch.equal(generate(packed, [PIANO, ORGAN], **options), codes)
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict(architecture="aarch64"))
-    assert not any(isinstance(module, PackedLinear) for module in optimize(make_model(**wide)).modules())
+@can_be_packed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wide_model_has_packed_weights_which_choose_the_same_codes(dtype, monkeypatch):
+    """In float32 on AMD's processors, in bfloat16 on those that have it; but for LoRA's layers, which are more."""
+    wide = dict(dim=512, layers=1, lora_rank=2, lora_targets=("qkv",))
+    usual, codes = has_fast_bfloat16("cpu"), []
+    for name in ("AMD EPYC", "Intel Xeon"):
+        about = dict(cpu_name=name, avx512_bf16=usual and "AMD" in name)
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda about=about: about)
+        model, packed = optimize(make_model(**wide), dtype), "AMD" in name and (usual or dtype == torch.float32)
+        assert isinstance(model.blocks[0].up, PackedLinear) == isinstance(model.heads, PackedLinear) == packed
+        assert model.heads.weight.dtype == dtype and not isinstance(model.blocks[0].qkv, PackedLinear)
+        codes.append(generate(model, [PIANO, ORGAN], 12, seeds=[1, 2]))
+    assert torch.equal(*codes)
 
 
-@pytest.mark.skipif(not HAS_PACKED, reason="needs an x86 processor")
-def test_generate_can_be_loaded_again_as_in_a_notebook():
-    program = """
-        import importlib, sys
-        sys.path.insert(0, "tests")
-        import generate
-        from models import make_model
-        for _ in range(2):
-            model = generate.optimize(make_model(dim=320))
-            assert isinstance(model.heads, generate.PackedLinear)
-            generate.generate(model, [{"text": "piano"}], 3)
-            importlib.reload(generate)
-    """
-    finish(start("-c", textwrap.dedent(program)))
+@can_be_packed
+def test_a_packed_model_still_plays_when_generate_is_loaded_again_as_in_a_notebook(monkeypatch):
+    on_amd(monkeypatch)
+    model = optimize(make_model(dim=512, layers=1))
+    codes = generate(model, [PIANO], 3)
+    again = importlib.reload(generation)
+    other = again.optimize(make_model(dim=512, layers=1, lively=False))
+    assert torch.equal(again.generate(model, [PIANO], 3), codes)
+    assert not torch.equal(again.generate(other, [PIANO], 3), codes)
 
 
-@pytest.mark.skipif(not HAS_PACKED, reason="needs an x86 processor")
-def test_packed_weights_go_with_their_model():
-    before = len(PackedLinear.packed)
-    model = optimize(make_model(dim=320))
-    assert len(PackedLinear.packed) > before
+@can_be_packed
+def test_packed_weights_go_with_their_model(monkeypatch):
+    on_amd(monkeypatch)
+    gc.collect()
+    before = len(PackedLinear.weights)
+    model = optimize(make_model(dim=512, layers=1))
+    assert len(PackedLinear.weights) > before
     del model
     gc.collect()
-    assert len(PackedLinear.packed) == before
+    assert len(PackedLinear.weights) == before
 
 
 @pytest.mark.parametrize("make", ["AMD EPYC", "Intel"])
 def test_weights_in_columns_choose_the_same_codes(make, monkeypatch):
     """So they lie in a narrow model in float32 on AMD's processors."""
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict(architecture="x86_64", cpu_name=make))
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict(cpu_name=make))
     model = make_model()
     codes = generate(model, [PIANO, ORGAN], 12, seeds=[1, 2])
     block = optimize(model).blocks[0]
