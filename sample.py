@@ -34,16 +34,7 @@ import torch
 from tqdm import tqdm
 
 import config
-from codec import (
-    FORMATS,
-    decode_stream,
-    draw_spectrogram,
-    encode_long,
-    file_name,
-    load_audio,
-    load_codec,
-    write_audio,
-)
+from codec import FORMATS, decode_stream, draw_spectrogram, encode_long, file_name, load_audio, load_codec, write_audio
 from common import UserError
 from conditioning import CHROMA_RATE, INFERENCE_CODEBOOKS, SILENCE, strongest
 from data import words_of
