@@ -54,14 +54,10 @@ def learning_rate(step, s):
     return s.min_lr + (s.lr - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def unbiased_decay(decay, updates):
-    """The EMA's decay at its n-th update, corrected as in Adam (arXiv:1412.6980): the start leaves no trace."""
-    return 1 - (1 - decay) / (1 - decay**updates)
-
-
 def update_ema(ema, model, decay):
-    """Takes the model's weights into their EMA, an AveragedModel."""
-    ema.multi_avg_fn = get_ema_multi_avg_fn(unbiased_decay(decay, int(ema.n_averaged) + 1))
+    """Takes the model's weights into their EMA, an AveragedModel, corrected as in Adam (arXiv:1412.6980)."""
+    updates = int(ema.n_averaged) + 1
+    ema.multi_avg_fn = get_ema_multi_avg_fn(1 - (1 - decay) / (1 - decay**updates))  # the start leaves no trace
     ema.update_parameters(model)
 
 
