@@ -115,11 +115,8 @@ class TextEmbedder(nn.Module):
         """
         tokens = [self.tokenizer.encode(text or "")[: self.max_tokens] for text in texts]
         L = max([2, *map(len, tokens)])  # torch.compile would make code of its own for 1
-        ids = torch.zeros(len(tokens), L, dtype=torch.int64)
-        mask = torch.zeros(len(tokens), L, dtype=torch.bool)
-        for row, sample in enumerate(tokens):
-            ids[row, : len(sample)] = torch.tensor(sample)
-            mask[row, : len(sample)] = True
+        ids = torch.tensor([sample + [0] * (L - len(sample)) for sample in tokens])
+        mask = torch.arange(L) < torch.tensor([[len(sample)] for sample in tokens])
         return ids, mask
 
     def forward(self, ids, mask):
