@@ -213,7 +213,7 @@ class ResidualVQ(nn.Module):
 
     def discard(self):
         """Forgets what was collected since the last update."""
-        self.collected, self.spare_vectors, self.spare_is_real = None, [], []
+        self.collected, self.spare_vectors, self.spare_is_real = [0, 0, 0], [], []
 
     def forward(self, x, mask, codebooks):
         """x [B, N, dim], mask bool [B, N], codebooks int64 [B] -> float32 [B, N, dim]: x, normalised and quantised.
@@ -244,10 +244,7 @@ class ResidualVQ(nn.Module):
         moments = torch.stack([counts.expand_as(x), x * counts, x.square() * counts]).sum(1)
         sums = [one @ residual.flatten(0, 1) for one, residual in zip(chosen, residuals)]
         new = [moments, torch.stack([one.sum(1) for one in chosen]), torch.stack(sums)]
-        if self.collected is None:
-            self.collected = new
-        else:
-            self.collected = [total + more for total, more in zip(self.collected, new)]
+        self.collected = [total + more for total, more in zip(self.collected, new)]
         rows = torch.arange(len(mask), device=mask.device)[:, None]
         frames = torch.arange(self.spares, device=mask.device) * mask.sum(1, keepdim=True) // self.spares
         self.spare_vectors.append(torch.stack([residual[rows, frames] for residual in residuals], 2).flatten(0, 1))
