@@ -25,7 +25,6 @@ import os
 import re
 import sys
 import types
-import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -229,7 +228,7 @@ def load_encodec_24khz(weights):
         model.load_state_dict(state)
     except FileNotFoundError:
         raise UserError(f"{weights}: no such file; it should be {url}") from None
-    except (urllib.error.URLError, OSError) as error:
+    except OSError as error:
         raise UserError(
             f"encodec_24khz cannot be downloaded ({error}); fetch {url} on another machine"
             f" and pass --codec_weights=FILE, or use --codec=tiny"
@@ -244,13 +243,12 @@ def load_musicgen_32khz(path):
     try:
         with safetensors.safe_open(path, "pt") as file:
             state, pad_mode = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["pad_mode"]
-        model = build_musicgen_32khz(state, pad_mode)
+        return build_musicgen_32khz(state, pad_mode)
     except Exception as error:
         raise UserError(
             f"codec musicgen_32khz: {path or 'no weights'} ({first_line(error)}); make them with:"
             f" python -m tools.convert codec PUBLISHED FILE.safetensors, and give --codec_weights=FILE.safetensors"
         ) from None
-    return model
 
 
 def build_musicgen_32khz(state, pad_mode):
