@@ -96,11 +96,10 @@ def write_json(path, value):
 def git(*command):
     """What git says of this code; nothing where there is no git."""
     try:
-        found = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True,
-                               errors="replace")  # fmt: skip
+        return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              errors="replace").stdout  # fmt: skip
     except OSError:
         return ""
-    return found.stdout
 
 
 def lock(folder):
