@@ -7,17 +7,15 @@ On the command line `--key=value` or `--key value` overrides it:
 """
 
 import ast
-import dataclasses
 import difflib
 import inspect
-import os
 import re
 import runpy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from common import UserError
+from common import UserError, world_size
 
 
 @dataclass
@@ -107,7 +105,7 @@ class Settings:
     top_p: float = 0.0  # sample within this probability mass instead; 0: off
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+FIELDS = {field.name: field for field in fields(Settings)}
 CHOICES = {
     "positions": ("sinusoidal", "rope"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -254,7 +252,7 @@ def load(argv, usage, processes=None):
     if "data" in given and "demo_clips" not in given:
         values["demo_clips"] = 0  # who names their own data and mistypes it must not get the demo's
     s = Settings(**values)
-    check(s, processes or int(os.environ.get("WORLD_SIZE", 1)))
+    check(s, processes or world_size())
     return s
 
 
