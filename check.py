@@ -1,11 +1,10 @@
 """What is in a prepared data set, what a model will hear of it, and what is wrong with it, each with its remedy."""
 
-import collections
 import hashlib
 import json
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +108,7 @@ def print_sound(splits):
 
 def look_at_codes(splits):
     """Says which tracks are the same music -> the problems: such music in both splits, and tokens out of range."""
-    alike, problems = collections.defaultdict(list), []
+    alike, problems = defaultdict(list), []
     for split, tokens in splits.items():
         for track in tokens.tracks:
             codes = tokens.shards[track["shard"]][track["first"] : track["first"] + track["frames"]]

@@ -13,7 +13,6 @@ Letters: K codebooks, T frames.
 """
 
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import hashlib
@@ -29,7 +28,7 @@ import threading
 import unicodedata
 import uuid
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -227,7 +226,7 @@ def bpm_of(tag):
 def write_split(folder, split, tracks, arrays, codec):
     """One split's shards; arrays: each track's codes uint16 [T, K] and melody uint8 [T]. -> counts int64 [K, card]."""
     counts = np.zeros((codec["K"], codec["card"]), dtype=np.int64)  # how often each code occurs
-    shard, pending, arrays = 0, collections.deque(tracks), iter(arrays)
+    shard, pending, arrays = 0, deque(tracks), iter(arrays)
     bar = tqdm(total=len(tracks), desc=f"writing {split}", unit="track", file=sys.stdout, mininterval=1, delay=5)
     while pending:
         chosen, frames = [], 0
