@@ -13,7 +13,6 @@ data/NAME/, as prepare.py writes it:
 Letters: B batch, K codebooks, T frames.
 """
 
-import itertools
 import json
 import re
 import signal
@@ -162,8 +161,8 @@ class Tokens:
     def words(self):
         """All words of the captions and of what else is known of the tracks."""
         about = (f"{key} {value}" for track in self.tracks for key, value in track["metadata"].items())
-        captions = itertools.chain.from_iterable(map(captions_of, self.tracks))
-        return words_of(itertools.chain(about, captions))
+        captions = (caption for track in self.tracks for caption in captions_of(track))
+        return words_of(about) | words_of(captions)
 
     def padding(self, T):
         """The share of padding in items of T frames, which tracks shorter than that need."""
