@@ -110,10 +110,8 @@ def draw_inside(checkpoint, picture, caption):
     from matplotlib import pyplot
 
     model, _, _ = load_model(checkpoint)
-    codes, inputs = (
-        generate(model, [{"text": caption}], model.trained_frames),
-        model.conditioner.prepare([{"text": caption}]),
-    )
+    conditions = [{"text": caption}]
+    codes, inputs = generate(model, conditions, model.trained_frames), model.conditioner.prepare(conditions)
     attention, logits = cross_attention(model, codes, inputs)
     tokens = model.conditioner.text.tokenizer.encode(caption, out_type=str)
     seconds = codes.shape[2] / model.frame_rate
