@@ -81,7 +81,9 @@ def encode_track(job):
     try:
         name = "-".join(sha256(file) for file in dict.fromkeys((path, melody_from)))
         file = Path(folder, name[:2], f"{name}.npz")
-        about = find_encoded(file)
+        about = {}
+        with contextlib.suppress(UserError):  # it is not encoded yet, or what is there is damaged
+            about = read_encoded(file, without=("codes", "melody"))
         heard = {} if about else hear(path, melody_from, folder)
     except UserError as error:
         return str(error)
@@ -107,14 +109,6 @@ def hear(path, melody_from, folder):
     at = ((np.arange(len(codes)) + 0.5) * CHROMA_RATE / codec.frame_rate).astype(int)
     melody = notes[at.clip(max=len(notes) - 1)].astype(np.uint8)
     return {**found, "codes": codes, "melody": melody, "frames": len(codes)}
-
-
-def find_encoded(file):
-    """What is known of a track that is encoded, but its codes and melody; None where it is not, or is damaged."""
-    try:
-        return read_encoded(file, without=("codes", "melody"))
-    except UserError:
-        return None
 
 
 def sha256(path):
