@@ -152,13 +152,12 @@ def encode_all(jobs, codec_name, codec_weights, workers):
             for about in pool.map(encode_track, mine, chunksize=4) if workers > 1 else map(encode_track, mine):
                 found.append(about)
                 bar.update()
-        except BaseException as error:
+        except concurrent.futures.BrokenExecutor:
+            raise UserError("a worker died, maybe for want of memory; nothing is lost: run it again with fewer"
+                            f" --workers than {workers}") from None  # fmt: skip
+        finally:
             if workers > 1:
                 pool.shutdown(cancel_futures=True)  # else what is left would be encoded first
-            if isinstance(error, concurrent.futures.BrokenExecutor):
-                raise UserError("a worker died, maybe for want of memory; nothing is lost: run it again with fewer"
-                                f" --workers than {workers}") from None  # fmt: skip
-            raise
     shares = common.gather(found)
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(jobs))]
 
