@@ -17,14 +17,13 @@ Letters: B batch, K codebooks, T frames.
 
 import contextlib
 import hashlib
-import importlib.machinery
+import importlib.util
 import itertools
 import math
 import mmap
 import os
 import re
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +38,8 @@ try:
     import torchaudio  # noqa: F401
 except (ImportError, OSError):
     # encodec imports torchaudio, yet nothing used here calls it; an empty module stands in where no build fits torch.
-    placeholder = types.ModuleType("torchaudio")
-    placeholder.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
-    sys.modules["torchaudio"] = placeholder
+    placeholder = importlib.util.spec_from_loader("torchaudio", None)
+    sys.modules["torchaudio"] = importlib.util.module_from_spec(placeholder)
 
 from encodec import EncodecModel  # noqa: E402
 from encodec.modules import SEANetDecoder, SEANetEncoder  # noqa: E402
