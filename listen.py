@@ -38,18 +38,16 @@ def listen(path, codec, spool_folder=None):
             samples, energy = samples + block.shape[1], energy + float(block.double().square().mean(0).sum())
             peak, clipped = max(peak, float(block.abs().max())), clipped + int((block.abs() > CLIPPED).any(0).sum())
         level, loudest = (energy / samples) ** 0.5, max(1, peak)
-        found = {"codes": [], "chroma": [], "onsets": []}
+        pieces = []
         for before, wav in windows(read_spool(spool, channels, PIECE * rate), PIECE * rate, CONTEXT * rate):
             wav, before = wav / loudest, before / rate
-            found["codes"].append(own(codec.encode(wav[None])[0], before, codec.frame_rate).cpu())
-            found["chroma"].append(own(chromagram(wav.mean(0)[None], rate)[0], before, CHROMA_RATE))
-            found["onsets"].append(
-                own(onset_strength(wav.mean(0) * loudest / max(level, 1e-4), rate), before, ONSET_RATE)
-            )
-    found = {name: torch.cat(parts, dim=-1) for name, parts in found.items()}
-    return dict(codes=found["codes"], chroma=found["chroma"], seconds=samples / rate, peak=peak,
-                level=20 * np.log10(max(level, 1e-6)), clipped=clipped / samples, tempo=tempo_of(found["onsets"]),
-                key=key_of(found["chroma"]))  # fmt: skip
+            codes = own(codec.encode(wav[None])[0], before, codec.frame_rate).cpu()
+            chroma = own(chromagram(wav.mean(0)[None], rate)[0], before, CHROMA_RATE)
+            onsets = own(onset_strength(wav.mean(0) * loudest / max(level, 1e-4), rate), before, ONSET_RATE)
+            pieces.append((codes, chroma, onsets))
+    codes, chroma, onsets = (torch.cat(parts, dim=-1) for parts in zip(*pieces))
+    return dict(codes=codes, chroma=chroma, seconds=samples / rate, peak=peak, level=20 * np.log10(max(level, 1e-6)),
+                clipped=clipped / samples, tempo=tempo_of(onsets), key=key_of(chroma))  # fmt: skip
 
 
 def read_spool(spool, channels, samples):
