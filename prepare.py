@@ -263,10 +263,9 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     request = dict(music=str(Path(music).resolve()), tracks=digest, codec=codec.id, min_seconds=min_seconds,
                    valid_fraction=valid_fraction, captions=captions, vocab_size=vocab_size, tags=[*tags])  # fmt: skip
     common.refuse_differences(**request)
-    is_data_set = (out / "meta.json").exists()
-    if is_data_set and not replace and read_meta(out).get("request") == request and not find_damage(out):
-        return print(f"{out} is prepared already")
-    if is_data_set and not replace:
+    if (out / "meta.json").exists() and not replace:
+        if read_meta(out).get("request") == request and not find_damage(out):
+            return print(f"{out} is prepared already")
         raise UserError(f"{out}: holds other data; add --replace to write it anew (what is encoded is kept), or choose"
                         " another --out")  # fmt: skip
     work = out.with_name(out.name + ".partial")
