@@ -93,6 +93,21 @@ def write_json(path, value):
     write_file(path, text.encode(errors="backslashreplace"))  # names of files need not be UTF-8; JSON escapes the same
 
 
+def size_and_mtime(path):
+    """By which a file is taken for the same; None where there is none, as where a link leads nowhere."""
+    try:
+        about = os.stat(path)
+        return about.st_size, about.st_mtime_ns
+    except OSError:
+        return None
+
+
+def drop_output(stream):
+    """Has what is written to it from now on go nowhere, as whoever read it has gone."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def git(*command):
     """What git says of this code; nothing where there is no git."""
     try:

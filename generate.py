@@ -18,7 +18,7 @@ from common import UserError
 from conditioning import CHROMA_RATE, to_device
 from config import FIELDS, Settings
 from model import MusicLM, refuse_other_weights
-from packed import PackedLinear, can_pack, is_amd
+from packed import PackedLinear, can_pack
 
 UNKNOWN = -1  # in the place of a code that is to be found
 
@@ -236,14 +236,15 @@ def optimize(model, dtype=torch.float32, compiled=False):
     From then on it is for generation alone, on its device: packed weights are no parameters of it.
     """
     device = model.embed.weight.device
-    packed, in_columns = can_pack(device, dtype), device.type == "cpu" and dtype == torch.float32 and is_amd()
+    packs = can_pack(device, dtype)
     for parent in (model, *model.blocks):
         for name, module in [*parent.named_children()]:
             if isinstance(module, nn.Linear):
                 module.to(dtype)
-                if packed and module.in_features >= 512 and type(module) is nn.Linear:  # LoRA's has another forward
+                if packs and module.in_features >= 512 and type(module) is nn.Linear:  # LoRA's has another forward
                     setattr(parent, name, PackedLinear(module))
-                elif in_columns and module.out_features >= module.in_features:  # quicker there by MKL
+                elif packs and dtype == torch.float32 and module.out_features >= module.in_features:
+                    # A narrow one on AMD's: MKL's products with few rows are quicker by columns.
                     module.weight.data = module.weight.data.t().contiguous().t()
     if compiled:
         common.prepare_to_compile(device)

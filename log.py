@@ -7,7 +7,6 @@ history.jsonl    a line for each stage of an epoch: valid, best, evaluate, gener
 import errno
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -107,8 +106,7 @@ class Terminal:
                 raise
             if error.errno == errno.EPIPE:
                 self.on_leave()
-            with open(os.devnull, "w") as nowhere:  # for what is written from now on
-                os.dup2(nowhere.fileno(), self.stream.fileno())
+            common.drop_output(self.stream)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

@@ -1,6 +1,6 @@
 """A linear layer for few rows on a CPU, as a step of generation has them: its weights are packed once.
 
-oneDNN multiplies by weights in an order of its own. torch's linear layer brings those in bfloat16 into that order for
+oneDNN multiplies by weights in a layout of its own. torch's linear layer brings those in bfloat16 into that layout for
 each product, and gives those in float32 to MKL, which takes twice the time on AMD's processors (docs/numbers.md).
 """
 
@@ -28,31 +28,31 @@ def can_pack(device, dtype):
 class PackedLinear(nn.Module):
     """A linear layer without bias, made of another one; x [..., in] -> [..., out]."""
 
-    weights = weakref.WeakValueDictionary()  # by number, as a compiled step can hold no tensor that is packed
+    by_number = weakref.WeakValueDictionary()  # the weights of all, as a compiled step can hold no packed tensor
     numbers = itertools.count()
 
     def __init__(self, linear):
         super().__init__()
-        self.dtype, self.number, self.product = linear.weight.dtype, next(self.numbers), product_by_number()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 8)  # the order for some 8 rows
-        self.weights[self.number] = self.weight
+        self.dtype, self.number, self.product = linear.weight.dtype, next(self.numbers), packed_linear()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 8)  # the layout for 8 rows or so
+        self.by_number[self.number] = self.weight
 
     def forward(self, x):
         return self.product(x.to(self.dtype), self.number)
 
 
 @functools.cache
-def product_by_number():
+def packed_linear():
     """The operator (x [..., in], number) -> its product with the weights of that number, [..., out]."""
     name = "nanomusicgen::packed_linear"
     torch.library.define(name, "(Tensor x, int number) -> Tensor")
 
     @torch.library.impl(name, "CPU")
     def product(x, number):
-        return torch.ops.mkldnn._linear_pointwise.default(x, PackedLinear.weights[number], None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, PackedLinear.by_number[number], None, "none", [], "")
 
     @torch.library.register_fake(name)
     def shape(x, number):
-        return x.new_empty(*x.shape[:-1], len(PackedLinear.weights[number]))
+        return x.new_empty(*x.shape[:-1], len(PackedLinear.by_number[number]))
 
     return torch.ops.nanomusicgen.packed_linear.default

@@ -139,24 +139,22 @@ def encode_all(jobs, codec_name, codec_weights, workers):
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     usual = max(1, os.cpu_count() // ranks) if device == "cpu" else 4  # each has a context of its own on the GPU
     workers = min(workers or usual, max(1, len(mine)))
-    how, found = (codec_name, codec_weights, device), []
-    pool = contextlib.nullcontext()
+    how, found, pool = (codec_name, codec_weights, device), [], None
     if workers > 1:
         spawn = multiprocessing.get_context("spawn")
         pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, start_worker, how)
     else:
         get_ready(*how)
-    bar = tqdm(total=len(mine), desc="encoding", unit="track", file=sys.stdout, mininterval=1)
-    with pool, bar:
+    with tqdm(total=len(mine), desc="encoding", unit="track", file=sys.stdout, mininterval=1) as bar:
         try:
-            for about in pool.map(encode_track, mine, chunksize=4) if workers > 1 else map(encode_track, mine):
+            for about in pool.map(encode_track, mine, chunksize=4) if pool else map(encode_track, mine):
                 found.append(about)
                 bar.update()
         except concurrent.futures.BrokenExecutor:
             raise UserError("a worker died, maybe for want of memory; nothing is lost: run it again with fewer"
                             f" --workers than {workers}") from None  # fmt: skip
         finally:
-            if workers > 1:
+            if pool:
                 pool.shutdown(cancel_futures=True)  # else what is left would be encoded first
     shares = common.gather(found)
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(jobs))]
@@ -258,7 +256,7 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         raise UserError(f"--tags: {min(unknown)} is none of {', '.join(TAGS)}")
     codec, tracks = load_codec(codec_name, codec_weights), find_tracks(music)
     contents = [[t["name"], t["melody_from"], captions_of(t), t["metadata"],
-                 state_of(t["path"]), state_of(t["melody_from"])] for t in tracks]  # fmt: skip
+                 *map(common.size_and_mtime, (t["path"], t["melody_from"]))] for t in tracks]  # fmt: skip
     digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     request = dict(music=str(Path(music).resolve()), tracks=digest, codec=codec.id, min_seconds=min_seconds,
                    valid_fraction=valid_fraction, captions=captions, vocab_size=vocab_size, tags=[*tags])  # fmt: skip
@@ -301,14 +299,6 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         write_data_set(work, out, kept, files, skipped, codec, valid_fraction, vocab_size, request)
         print_report(out)
         print(f"wrote {out}")
-
-
-def state_of(path):
-    """A file's size and time, by which it is taken for the same; of a link that leads nowhere, nothing."""
-    try:
-        return os.stat(path).st_size, os.stat(path).st_mtime_ns
-    except OSError:
-        return None
 
 
 def is_ours(path):

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import itertools
 import math
-import os
 import re
 import sys
 import time
@@ -298,7 +297,7 @@ def play(codec, parts):
             sys.__stdout__.flush()
             waited, samples = waited + time.monotonic() - writing, samples + len(pcm)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # for what is flushed when python ends
+        common.drop_output(sys.__stdout__)  # with what is flushed when python ends
         print("the player has gone")
     seconds = samples / codec.sample_rate
     print(f"{seconds:.1f} s of music, {seconds / (time.monotonic() - started - waited):.1f} x real time")

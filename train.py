@@ -167,7 +167,7 @@ def main():
 
     # Model
     saved = common.load_checkpoint(last, ["last"]) if last.exists() else None
-    mtime = last.exists() and last.stat().st_mtime_ns
+    size_and_mtime = common.size_and_mtime(last)
     if (saved and not s.resume) or (best.exists() and not saved):
         raise UserError(f"{out}: holds a run{'' if saved else ' without last.pt'}; choose another --out, or remove it")
     common.refuse_differences(**vars(s), step_of_last_pt=saved and saved["step"])
@@ -232,7 +232,7 @@ def main():
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         common.lock(out)
-        if mtime != (last.exists() and last.stat().st_mtime_ns):
+        if size_and_mtime != common.size_and_mtime(last):
             raise UserError(f"{out}: another run has saved there meanwhile; start again")
         common.write_json(out / "config.json", vars(s))
         code = common.git("rev-parse", "HEAD") + common.git("status", "--short") + common.git("diff", "HEAD")

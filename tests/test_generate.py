@@ -256,8 +256,8 @@ def test_gpu_a_recorded_step_chooses_the_codes_of_an_eager_one(options, monkeypa
     assert torch.equal(generate(make_model().cuda(), [PIANO, {}], 45, **options), recorded)
 
 
-def on_amd(monkeypatch):
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict(cpu_name="AMD EPYC"))
+def on_processor(monkeypatch, name, **capabilities):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict(cpu_name=name, **capabilities))
 
 
 @can_be_packed
@@ -267,8 +267,7 @@ def test_a_wide_model_has_packed_weights_which_choose_the_same_codes(dtype, monk
     wide = dict(dim=512, layers=1, lora_rank=2, lora_targets=("qkv",))
     usual, codes = has_fast_bfloat16("cpu"), []
     for name in ("AMD EPYC", "Intel Xeon"):
-        about = dict(cpu_name=name, avx512_bf16=usual and "AMD" in name)
-        monkeypatch.setattr("torch.cpu.get_capabilities", lambda about=about: about)
+        on_processor(monkeypatch, name, avx512_bf16=usual and "AMD" in name)
         model, packed = optimize(make_model(**wide), dtype), "AMD" in name and (usual or dtype == torch.float32)
         assert isinstance(model.blocks[0].up, PackedLinear) == isinstance(model.heads, PackedLinear) == packed
         assert model.heads.weight.dtype == dtype and not isinstance(model.blocks[0].qkv, PackedLinear)
@@ -278,7 +277,7 @@ def test_a_wide_model_has_packed_weights_which_choose_the_same_codes(dtype, monk
 
 @can_be_packed
 def test_a_packed_model_still_plays_when_generate_is_loaded_again_as_in_a_notebook(monkeypatch):
-    on_amd(monkeypatch)
+    on_processor(monkeypatch, "AMD EPYC")
     model = optimize(make_model(dim=512, layers=1))
     codes = generate(model, [PIANO], 3)
     again = importlib.reload(generation)
@@ -289,20 +288,20 @@ def test_a_packed_model_still_plays_when_generate_is_loaded_again_as_in_a_notebo
 
 @can_be_packed
 def test_packed_weights_go_with_their_model(monkeypatch):
-    on_amd(monkeypatch)
+    on_processor(monkeypatch, "AMD EPYC")
     gc.collect()
-    before = len(PackedLinear.weights)
+    before = len(PackedLinear.by_number)
     model = optimize(make_model(dim=512, layers=1))
-    assert len(PackedLinear.weights) > before
+    assert len(PackedLinear.by_number) > before
     del model
     gc.collect()
-    assert len(PackedLinear.weights) == before
+    assert len(PackedLinear.by_number) == before
 
 
 @pytest.mark.parametrize("make", ["AMD EPYC", "Intel"])
 def test_weights_in_columns_choose_the_same_codes(make, monkeypatch):
     """So they lie in a narrow model in float32 on AMD's processors."""
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict(cpu_name=make))
+    on_processor(monkeypatch, make)
     model = make_model()
     codes = generate(model, [PIANO, ORGAN], 12, seeds=[1, 2])
     block = optimize(model).blocks[0]

@@ -305,10 +305,8 @@ def test_a_run_that_ended_while_another_was_starting_is_not_begun_again(
 ):
     usual, out = common.lock, tmp_path / "out"
 
-    def lock(folder):
-        shutil.copytree(
-            toy_run[0], out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock")
-        )  # the other run ends
+    def lock(folder):  # as the other run ends
+        shutil.copytree(toy_run[0], out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
         usual(folder)
 
     monkeypatch.setattr(common, "lock", lock)
