@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -61,6 +63,7 @@ def finish(process, status=0):
 
 
 STARTED = []
+ONE_ASKS = threading.Lock()  # a start asks how all others ended, and of two threads that read that, one finds nothing
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest"])
 
@@ -79,6 +82,11 @@ def nothing_is_left_running():
     for ranks in STARTED:
         ranks.send(signal.SIGKILL)
     STARTED.clear()
+
+
+def is_alive(process):
+    with ONE_ASKS:
+        return process.is_alive()
 
 
 class Ranks:
@@ -102,7 +110,8 @@ class Ranks:
             argv = ["train.py", *map(str, args), *(more or {}).get(rank, ())]
             work = (main, argv, launch, self.files[rank].name, cwd, before)
             self.processes.append(FORKS.Process(target=run_rank, args=work))
-            self.processes[-1].start()
+            with ONE_ASKS:
+                self.processes[-1].start()
 
     def output(self, rank=0):
         self.files[rank].seek(0)
@@ -110,13 +119,13 @@ class Ranks:
 
     def send(self, number, rank=None):
         for process in self.processes if rank is None else [self.processes[rank]]:
-            if process.is_alive():
+            if is_alive(process):
                 os.kill(process.pid, number)
 
     def wait(self, seconds=200):
         for process in self.processes:
-            process.join(seconds)
-        hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+            multiprocessing.connection.wait([process.sentinel], seconds)
+        hung = [process for process in self.processes if is_alive(process)]
         self.send(signal.SIGKILL)
         assert not hung, "\n".join(map(self.output, range(len(self.files))))
         return [process.exitcode for process in self.processes]
@@ -130,7 +139,7 @@ class Ranks:
     def wait_for(self, path, lines):
         """Until a log has so many lines."""
         while not (path.exists() and len(path.read_text().splitlines()) >= lines):
-            assert any(process.is_alive() for process in self.processes), self.output()
+            assert any(map(is_alive, self.processes)), self.output()
             time.sleep(0.005)
 
 
