@@ -17,8 +17,8 @@ import common
 from common import UserError
 from conditioning import CHROMA_RATE, to_device
 from config import FIELDS, Settings
+from linear import PackedLinear, SummedLinear, can_pack
 from model import MusicLM, refuse_other_weights
-from packed import PackedLinear, can_pack
 
 UNKNOWN = -1  # in the place of a code that is to be found
 
@@ -235,17 +235,21 @@ def optimize(model, dtype=torch.float32, compiled=False):
 
     From then on it is for generation alone, on its device: packed weights are no parameters of it.
     """
-    device = model.embed.weight.device
+    device, is_wide = model.embed.weight.device, model.embed.weight.shape[1] >= 512
     packs = can_pack(device, dtype)
     for parent in (model, *model.blocks):
         for name, module in [*parent.named_children()]:
-            if isinstance(module, nn.Linear):
-                module.to(dtype)
-                if packs and module.in_features >= 512 and type(module) is nn.Linear:  # LoRA's has another forward
-                    setattr(parent, name, PackedLinear(module))
-                elif packs and dtype == torch.float32 and module.out_features >= module.in_features:
-                    # A narrow one on AMD's: MKL's products with few rows are quicker by columns.
-                    module.weight.data = module.weight.data.t().contiguous().t()
+            if not isinstance(module, nn.Linear):
+                continue
+            module.to(dtype)
+            if type(module) is not nn.Linear:  # LoRA's has another forward
+                continue
+            if packs and is_wide:
+                setattr(parent, name, PackedLinear(module))
+            elif compiled and device.type == "cpu" and module.in_features < 512:
+                setattr(parent, name, SummedLinear(module))
+            elif packs and dtype == torch.float32 and module.out_features >= module.in_features:
+                module.weight.data = module.weight.data.t().contiguous().t()  # by columns MKL is quicker on AMD's
     if compiled:
         common.prepare_to_compile(device)
         # Not to look for changed modules saves a twentieth of a step, but then no other model may use what this one has

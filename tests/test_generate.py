@@ -14,8 +14,8 @@ import generate as generation
 from common import UserError, has_fast_bfloat16
 from config import Settings
 from generate import choose_codes, condition_groups, generate, guide, optimize, stream
+from linear import PackedLinear, SummedLinear
 from model import MusicLM, attention, pattern_on
-from packed import PackedLinear
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 can_be_packed = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="needs an x86")
@@ -115,10 +115,22 @@ def test_compiled_generation_equals_eager():
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "dtype, rows, within", [(torch.float32, 1, 1e-5), (torch.float32, 9, 1e-5), (torch.bfloat16, 4, 1e-2)]
+)
+def test_a_compiled_narrow_layer_sums_what_a_linear_layer_multiplies(dtype, rows, within):
+    model, x = optimize(make_model(layers=1), dtype, compiled=True), torch.randn(rows, 1, 32)
+    for layer in (model.heads, model.blocks[0].up):
+        assert type(layer) is SummedLinear
+        found, expected = torch.compile(layer, fullgraph=True)(x), F.linear(x.to(dtype), layer.weight)
+        torch.testing.assert_close(found, expected, rtol=within, atol=within)
+
+
+@needs_compiler
 @can_be_packed
 def test_compiled_generation_equals_eager_with_packed_weights(monkeypatch):
     """Each model's own, where two have the same shapes; and in bfloat16, where the processor has it."""
-    monkeypatch.setattr("packed.is_amd", lambda: True)
+    monkeypatch.setattr("linear.is_amd", lambda: True)
     for lively in (True, False):
         equal_when_compiled((9,), positions="rope", dim=512, lively=lively)
     if has_fast_bfloat16("cpu"):

@@ -1,7 +1,7 @@
-"""A linear layer for few rows on a CPU, as a step of generation has them: its weights are packed once.
+"""Linear layers for few rows on a CPU, as a step of generation has them; `optimize` in generate.py says which and when.
 
 oneDNN multiplies by weights in a layout of its own. torch's linear layer brings those in bfloat16 into that layout for
-each product, and gives those in float32 to MKL, which takes twice the time on AMD's processors (docs/numbers.md).
+each product, and gives those in float32 to MKL, slow with few rows on AMD's processors (docs/numbers.md).
 """
 
 import functools
@@ -9,6 +9,7 @@ import itertools
 import weakref
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -25,8 +26,26 @@ def can_pack(device, dtype):
     return (dtype == torch.float32 and is_amd()) or (dtype == torch.bfloat16 and common.has_fast_bfloat16("cpu"))
 
 
+class SummedLinear(nn.Module):
+    """A narrow layer without bias, made of another one, for a compiled step of up to 8 rows; x [..., in] -> [..., out].
+
+    Sums for products: the compiler makes loops of them, where a call of a library costs more than the arithmetic.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x):
+        if x.shape[:-1].numel() > 8 or not torch.compiler.is_compiling():
+            return F.linear(x, self.weight)
+        rows = x.to(self.weight.dtype).float().flatten(0, -2)
+        sums = [(self.weight.float() * row).sum(-1) for row in rows]
+        return torch.stack(sums).to(self.weight.dtype).unflatten(0, x.shape[:-1])
+
+
 class PackedLinear(nn.Module):
-    """A linear layer without bias, made of another one; x [..., in] -> [..., out]."""
+    """A wide layer without bias, made of another one, whose weights are packed once; x [..., in] -> [..., out]."""
 
     by_number = weakref.WeakValueDictionary()  # the weights of all, as a compiled step can hold no packed tensor
     numbers = itertools.count()
