@@ -18,6 +18,7 @@ Letters: B batch, K codebooks, T frames.
 import contextlib
 import hashlib
 import importlib.util
+import io
 import itertools
 import math
 import mmap
@@ -32,7 +33,7 @@ import soundfile
 import soxr
 import torch
 
-from common import UserError, first_line
+from common import UserError, first_line, write_file
 
 try:
     import torchaudio  # noqa: F401
@@ -432,4 +433,6 @@ def draw_spectrogram(path, picture, sample_rate):
     mel = torch.nn.functional.adaptive_max_pool1d(mel, min(400, mel.shape[1]))
     level = 1 + (mel / (n_fft / 4)).clamp(min=1e-9).log10() / 4  # n_fft / 4: a full-scale sine's
     grey = Image.fromarray((255 * level.clamp(0, 1)).byte().flip(0).numpy())
-    ImageOps.colorize(grey, black="#000004", mid="#b73779", white="#fcfdbf").save(picture, format="png")
+    content = io.BytesIO()
+    ImageOps.colorize(grey, black="#000004", mid="#b73779", white="#fcfdbf").save(content, format="png")
+    write_file(Path(picture), content.getvalue())

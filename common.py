@@ -147,6 +147,8 @@ def pick_device(name="auto", dtype="auto"):
         torch.backends.cuda.enable_cudnn_sdp(False)  # on H100: NaN gradients under some masks (pytorch issue 196678)
     if dtype == "auto":
         dtype = "bfloat16" if has_fast_bfloat16(name) else "float32"
+    if dtype == "bfloat16" and name == "cuda" and not has_fast_bfloat16(name):
+        raise UserError("dtype = 'bfloat16': this GPU would only emulate it; take --dtype=float16, or auto")
     return torch.device(name), getattr(torch, dtype)
 
 

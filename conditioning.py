@@ -282,6 +282,8 @@ class StyleEmbedder(nn.Module):
     def __init__(self, D, codec, dim, heads, layers, codebooks, bins, max_seconds, every_hz=5):
         super().__init__()
         self.frames, self.stride = round(max_seconds * codec["frame_rate"]), round(codec["frame_rate"] / every_hz)
+        if self.frames < 1:
+            raise UserError(f"style_seconds: at most {max_seconds:g} s, less than a frame of the codec; lengthen them")
         self.rows, self.codebooks = math.ceil(self.frames / self.stride), codebooks
         self.register_buffer("tables", torch.zeros(codec["K"], codec["card"], codec["dim"]))
         self.inp = nn.Linear(codec["dim"], dim)

@@ -27,9 +27,10 @@ def load_model(path, device="cpu"):
     """A checkpoint -> (MusicLM with the averaged weights in eval mode, its Settings, the codec's description)."""
     saved = common.load_checkpoint(path)
     settings = Settings(**{key: value for key, value in saved["settings"].items() if key in FIELDS})
-    model = MusicLM(settings, saved["codec"], saved["tokenizer"])
+    with torch.device("meta"):  # to draw weights that are replaced takes half a minute for small
+        model = MusicLM(settings, saved["codec"], saved["tokenizer"])
     refuse_other_weights(model, saved["ema"], path)
-    model.load_state_dict(saved["ema"])
+    model.load_state_dict(saved["ema"], assign=True)
     model.conditioner.text.words = frozenset(saved.get("words", ()))
     return model.eval().requires_grad_(False).to(device), settings, saved["codec"]
 
@@ -118,7 +119,7 @@ def choose_codes(logits, uniform, temperature, top_k, top_p):
 
     One uniform number a code, drawn ahead from the sample's own generator, keeps a sample the same in any batch.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # the quotients below would overflow, and the likeliest is drawn long before that
         return logits.argmax(-1)
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     probs = torch.softmax(logits.to(exact) / temperature, dim=-1)

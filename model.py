@@ -138,6 +138,8 @@ class MusicLM(nn.Module):
         # The codebooks of two channels interleave; left and right of one codebook stand at the same step.
         self.delays = tuple(settings.delays or (k // self.channels for k in range(self.K)))
         self.trained_frames = round(settings.segment * self.frame_rate)
+        if self.trained_frames < 1:
+            raise UserError(f"segment = {settings.segment:g}: less than a frame of the codec; lengthen it")
         self.rotary = settings.positions == "rope"
         self.activation_checkpointing = settings.activation_checkpointing
         D = settings.dim

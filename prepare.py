@@ -112,6 +112,8 @@ def hear(path, melody_from, folder):
 
 
 def sha256(path):
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path}: is no file")  # to read a pipe would be to wait for who writes it
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -126,6 +128,10 @@ def read_encoded(file, without=()):
             arrays = {name: found[name] for name in found.files if name not in without}
     except FileNotFoundError:
         raise UserError(f"{file}: is gone; run this again, which encodes it") from None
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); mend that, or give another --encoded") from None
     except Exception as error:  # what zipfile and numpy say of damage is of many kinds
         Path(file).unlink(missing_ok=True)
         why = common.first_line(error)
@@ -225,19 +231,19 @@ def write_split(folder, split, tracks, arrays, codec):
             chosen.append(pending.popleft())
             frames += chosen[-1]["frames"]
         path, first = folder / f"{split}_{shard:03d}", 0
-        tokens = np.lib.format.open_memmap(f"{path}.npy", "w+", np.uint16, (frames, codec["K"]))
-        melody = np.lib.format.open_memmap(f"{path}_melody.npy", "w+", np.uint8, (frames,))
-        with open(f"{path}.jsonl", "w", encoding="utf-8") as lines:
+        with (open(f"{path}.jsonl", "w", encoding="utf-8") as lines, open(f"{path}.npy", "wb") as tokens,
+              open(f"{path}_melody.npy", "wb") as melody):  # fmt: skip
+            for file, kind, shape in ((tokens, "<u2", (frames, codec["K"])), (melody, "|u1", (frames,))):
+                np.lib.format.write_array_header_1_0(file, dict(descr=kind, fortran_order=False, shape=shape))
             for track in chosen:
-                end = first + track["frames"]
-                tokens[first:end], melody[first:end] = next(arrays)
-                for k, column in enumerate(tokens[first:end].T):
+                codes, notes = next(arrays)
+                tokens.write(np.ascontiguousarray(codes, "<u2"))
+                melody.write(np.ascontiguousarray(notes, "|u1"))
+                for k, column in enumerate(codes.T):
                     counts[k] += np.bincount(column, minlength=codec["card"])
                 lines.write(json.dumps({**track, "first": first}) + "\n")
-                first = end
+                first += track["frames"]
                 bar.update()
-        tokens.flush()
-        melody.flush()
         shard += 1
     bar.close()
     return counts
@@ -246,8 +252,8 @@ def write_split(folder, split, tracks, arrays, codec):
 def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fraction=0.05, min_seconds=1.0,
             captions=True, vocab_size=1000, tags=DEFAULT_TAGS, replace=False, encoded=""):  # fmt: skip
     """Encodes what is not encoded yet, then writes all beside `out` and renames it at the end."""
-    out = Path(out).resolve()
-    encoded = Path(encoded or out.parent / "encoded").resolve()
+    out = Path(os.path.realpath(out))
+    encoded = Path(os.path.realpath(encoded or out.parent / "encoded"))
     if workers < 0 or not 0 <= valid_fraction <= 1 or not min_seconds >= 0:
         raise UserError("--workers and --min_seconds must be 0 or above, and --valid_fraction between 0 and 1")
     if out in (encoded, *encoded.parents) or encoded in out.parents:
@@ -258,7 +264,7 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     contents = [[t["name"], t["melody_from"], captions_of(t), t["metadata"],
                  *map(common.size_and_mtime, (t["path"], t["melody_from"]))] for t in tracks]  # fmt: skip
     digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-    request = dict(music=str(Path(music).resolve()), tracks=digest, codec=codec.id, min_seconds=min_seconds,
+    request = dict(music=os.path.realpath(music), tracks=digest, codec=codec.id, min_seconds=min_seconds,
                    valid_fraction=valid_fraction, captions=captions, vocab_size=vocab_size, tags=[*tags])  # fmt: skip
     common.refuse_differences(**request)
     if (out / "meta.json").exists() and not replace:
@@ -296,7 +302,11 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         why = f"; the first was left out: {skipped[0]['path']}: {skipped[0]['reason']}" if skipped else ""
         raise UserError(f"{music}: {len(kept)} usable tracks; at least 2 are needed, one to hold out{why}")
     if common.rank() == 0:
-        write_data_set(work, out, kept, files, skipped, codec, valid_fraction, vocab_size, request)
+        try:
+            write_data_set(work, out, kept, files, skipped, codec, valid_fraction, vocab_size, request)
+        except OSError as error:
+            raise UserError(f"{work}: cannot be written ({error.strerror}); make room, and run this again: what is"
+                            " encoded is kept") from None  # fmt: skip
         print_report(out)
         print(f"wrote {out}")
 

@@ -102,6 +102,8 @@ def check_arguments(args):
                         f" {', '.join(FORMATS)}")  # fmt: skip
     if args.stream and (args.interactive or len(args.captions) * args.n != 1):
         raise UserError("--stream is for one sample of one caption")
+    if (args.stream and not sys.__stdout__) or (args.interactive and not sys.stdin):
+        raise UserError("--stream needs a stdout, and --interactive a stdin; open what is closed")
     if args.stream and sys.__stdout__.isatty():
         raise UserError("--stream writes raw samples to stdout: pipe it into a player, as --help shows")
     if suffix in FORMATS and (args.interactive or len(args.captions) * args.n != 1):
@@ -267,6 +269,8 @@ def set_loudness(wav, sample_rate, lufs):
 
 def write_sample(path, wav, codec, args, about):
     """A sample, its .json and maybe its .png; wav [channels, samples]."""
+    if path.exists():
+        raise UserError(f"{path}: is there already, by another program meanwhile; choose another --seed or --out")
     if args.loudness != "none":
         wav = set_loudness(wav, codec.sample_rate, float(args.loudness))
     write_audio(path, wav, codec.sample_rate)

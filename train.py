@@ -106,7 +106,8 @@ def refuse_another_model(saved, s, codec, path, same=SAME_MODEL):
     changes = {key: f"{key} was {theirs.get(key)!r}, is {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]}
     other = [changes[key] for key in changes if key in same and (s.style or not key.startswith("style_"))]
     if other:
-        raise UserError(f"{path}: another model ({', '.join(other)}); give it the same settings, or another --out")
+        instead = "--init_from" if same is SAME_MODEL else "--out"
+        raise UserError(f"{path}: another model ({', '.join(other)}); give it the same settings, or another {instead}")
     return changes
 
 
@@ -185,8 +186,9 @@ def main():
     with torch.device("cpu" if has_weights else "meta"):  # drawing takes half a minute for small, and 13 GB for large
         model = MusicLM(s, codec.describe(), tokenizer)
     T = model.trained_frames
-    if not model.pattern(T // 2 if s.short_every else T, training=True, device="cpu").frame_mask.any(1).all():
-        raise UserError(f"a segment of {T} frames leaves a codebook without a target; lengthen it")
+    least = T // 2 if s.short_every else T
+    if not least or not model.pattern(least, training=True, device="cpu").frame_mask.any(1).all():
+        raise UserError(f"an item of {least} frames leaves a codebook without a target; lengthen the segment")
     if metrics.clip_frames(s, codec) < 2:
         raise UserError(f"clip_seconds = {s.clip_seconds:g}: clips of less than two frames of the codec; lengthen them")
     if s.style and has_weights:

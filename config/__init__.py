@@ -133,7 +133,7 @@ def typed(key, value, where):
         hint = f"did you mean '{close[0]}'?" if close else "see --help"
         raise UserError(f"{where}: unknown setting '{key}'; {hint}")
     kind = FIELDS[key].type
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1000:
         value = float(value)
     if kind is tuple and type(value) is str:
         value = tuple(part.strip() for part in value.split(",") if part.strip())

@@ -298,6 +298,21 @@ def test_mistakes_are_said_once_by_torchrun(dataset, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_gpus_here_cannot_do_is_said_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **how: torch.device("cuda"))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: False)
+    assert common.pick_device() == (torch.device("cuda"), torch.float32)
+    with pytest.raises(UserError, match="'bfloat16': this GPU would only emulate it; take --dtype=float16"):
+        common.pick_device(dtype="bfloat16")
+    monkeypatch.setenv("WORLD_SIZE", "8"), monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="8 processes on a machine with 4 GPUs; start torchrun with fewer"):
+        common.join(torch.device("cuda"), 60)
+
+
 def test_a_world_without_a_launcher_is_explained(dataset, tmp_path):
     output = finish(start("train.py", *TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", WORLD_SIZE="2"), status=2)
     assert "error: WORLD_SIZE is 2, but" in output and "start it by torchrun" in output and "Traceback" not in output

@@ -44,6 +44,7 @@ def test_every_config_file_loads(path):
         (["--steps=1000000000000"], "steps must be a number below"),
         ([f"--seed={2**62}"], "seed must be a number below"),
         (["--segment=0"], "must be above 0"),
+        (["--lr=1" + 400 * "0"], "lr must be float, not 1000"),
         (["--positions=rotary"], "choose one of sinusoidal, rope"),
         (["--codebook_weights=1,-1,1,1"], "one number of 0 or above a codebook"),
         (["--codebook_weights=0,0"], "one number of 0 or above a codebook"),

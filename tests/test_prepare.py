@@ -474,6 +474,35 @@ def test_a_full_disk_is_no_fault_of_a_track(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_at_a_shard_is_said_and_what_is_encoded_stays(tmp_path, monkeypatch):
+    music, work = folder_of(tmp_path), tmp_path / "out.partial"
+
+    def no_room(*args):  # what is called last before the shards are written
+        work.mkdir(exist_ok=True)
+        (work / "train_000.npy").unlink(missing_ok=True)
+        (work / "train_000.npy").symlink_to("/dev/full")
+        return b""
+
+    monkeypatch.setattr(prepare, "train_tokenizer", no_room)
+    with pytest.raises(UserError, match="partial: cannot be written .No space left on device.; make room, and run"):
+        prepare.prepare(music, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.glob("encoded/*/*/*.npz"))) == 4
+
+
+@pytest.mark.parametrize("error, message", [(PermissionError(13, "Permission denied"), "a.npz: cannot be read .Perm"),
+                                            (MemoryError("no room"), "no room")])  # fmt: skip
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, error, message):
+    (tmp_path / "a.npz").touch()
+
+    def load(path):
+        raise error
+
+    monkeypatch.setattr(np, "load", load)
+    with pytest.raises((UserError, MemoryError), match=message):
+        prepare.read_encoded(tmp_path / "a.npz")
+    assert (tmp_path / "a.npz").exists()
+
+
 def full(path):
     raise UserError(f"{path}: cannot be written (No space left on device)")
 
@@ -589,12 +618,17 @@ def test_json_that_python_cannot_hold_is_refused(tmp_path, text):
 def test_links_that_lead_nowhere_are_listed_and_real_folders_come_first(tmp_path):
     music = folder_of(tmp_path)
     (music / "gone.wav").symlink_to("nowhere.wav")
+    os.mkfifo(music / "pipe.wav")
+    (tmp_path / "around").symlink_to("around")
     (music / "z").mkdir()
     shutil.move(music / "3.wav", music / "z" / "3.wav")
     (music / "a").symlink_to("z")
     prepare.prepare(music, tmp_path / "out", workers=1)
-    (skipped,) = map(json.loads, open(tmp_path / "out" / "skipped.jsonl"))
-    assert skipped["path"].endswith("gone.wav") and "cannot be read" in skipped["reason"]
+    gone, pipe = map(json.loads, open(tmp_path / "out" / "skipped.jsonl"))
+    assert gone["path"].endswith("gone.wav") and "cannot be read" in gone["reason"]
+    assert pipe["path"].endswith("pipe.wav") and "is no file" in pipe["reason"]
+    with pytest.raises(UserError, match="around"):
+        prepare.prepare(music, tmp_path / "around", workers=1)
     names = [t["name"] for split in ("train", "valid") for t in Tokens(tmp_path / "out", split).tracks]
     assert sorted(names) == ["0.wav", "1.wav", "2.wav", "z/3.wav"]
 

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, finish, start
 
 import sample
+from common import UserError
 
 
 @pytest.fixture
@@ -123,6 +124,8 @@ def test_a_file_is_not_written_over(play, tmp_path):
     (tmp_path / "out" / "bells_1.png").write_bytes(b"somebody's")  # in the way of a spectrogram, and of nothing else
     assert "bells_1.png: is there already" in play("bells", "--seed", 1, "--spectrogram", status=2)
     play("bells", "--seed", 1)
+    with pytest.raises(UserError, match="bells_0.wav: is there already, by another program meanwhile"):
+        sample.write_sample(tmp_path / "out" / "bells_0.wav", None, None, None, {})
 
 
 def test_odd_requests_get_one_line(play, tmp_path):
@@ -215,6 +218,8 @@ def test_interactive_reads_captions_until_an_empty_line(play, tmp_path, monkeypa
         assert names(out) == ["bells_4.wav", "bells_6.wav", "first_3.wav", "fl_te_5.wav"]
         assert output.count("caption> ") == 4 and output.count("wrote ") == 4
     assert "for one sample" in play("--interactive", "--stream", status=2)
+    monkeypatch.setattr(sys, "stdin", None)  # as of a program that is started without one
+    assert "--interactive a stdin; open what is closed" in play("--interactive", status=2)
 
 
 def test_a_stream_is_the_file_without_loudness(play, tmp_path, monkeypatch):

@@ -50,7 +50,9 @@ def test_a_run_leaves_what_it_promises(toy_run):
     assert json.loads((out / "config.json").read_text())["dim"] == 32
     for part in ("unigram_q4", "ce_q4", "ppl_q1", "gain", "listen:", "try:    python sample.py"):
         assert part in output
+    before = torch.get_rng_state()
     model, settings, codec = load_model(out / "best.pt")
+    assert torch.equal(torch.get_rng_state(), before), "it draws no weights that would be replaced"
     assert settings.dim == 32 and codec["id"].startswith("tiny-K4")
     for step in (3, 6):
         free, continued = sorted((out / "samples" / f"step_{step:06d}").glob("*.wav"))

@@ -22,6 +22,7 @@ Letters: K codebooks, D model width, `card` codes in a codebook.
 """
 
 import argparse
+import io
 import json
 import re
 import typing
@@ -291,10 +292,12 @@ def export_lm(model, ours, settings, folder, layout):
                        cross_attention_pos_emb=False, cross_attention_pos_emb_scale=1),
         )  # fmt: skip
         path = folder / "state_dict.bin"  # JSON is YAML, which is what the reference reads there
-        torch.save({"best_state": theirs, "xp.cfg": json.dumps(config), "version": "1.3.0", "exported": True}, path)
+        content = io.BytesIO()
+        torch.save({"best_state": theirs, "xp.cfg": json.dumps(config), "version": "1.3.0", "exported": True}, content)
+        common.write_file(path, content.getvalue())
         return path
     path = folder / "model.safetensors"
-    safetensors.torch.save_file(theirs, path, {"format": "pt"})
+    common.write_file(path, safetensors.torch.save(theirs, {"format": "pt"}))
     config = dict(
         architectures=["MusicgenForCausalLM"], model_type="musicgen_decoder", vocab_size=model.card,
         num_codebooks=model.K, hidden_size=D, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * D,
@@ -365,7 +368,7 @@ def convert_codec(path, file):
     """Writes the published codec as `codec.load_musicgen_32khz` reads it."""
     state, pad_mode = read_codec(path)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(state, file, {"pad_mode": pad_mode})
+    common.write_file(Path(file), safetensors.torch.save(state, {"pad_mode": pad_mode}))
     print(f"wrote {file}; to use it: --codec=musicgen_32khz --codec_weights={file}")
 
 
