@@ -70,20 +70,18 @@ def codebook_weights(s, K):
 
 
 def make_optimizer(model, s):
-    """AdamW; weight decay is for matrices only, and what reads the conditions learns at a rate of its own."""
+    """AdamW; weight decay is for matrices only."""
     groups = {}
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad:
-            scale = s.condition_lr if name.startswith("conditioner.") or ".cross_" in name else 1.0
-            groups.setdefault((scale, s.weight_decay if p.dim() > 1 else 0.0), []).append(p)
-    groups = [dict(params=params, lr_scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
+            groups.setdefault(s.weight_decay if p.dim() > 1 else 0.0, []).append(p)
+    groups = [dict(params=params, weight_decay=decay) for decay, params in groups.items()]
     return torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
 
 
 def set_learning_rate(optimizer, lr):
-    """`lr`, times each group's own scale."""
     for group in optimizer.param_groups:
-        group["lr"] = group["lr_scale"] * lr
+        group["lr"] = lr
 
 
 @torch.no_grad()

@@ -77,7 +77,6 @@ class Settings:
     codebook_weights: tuple = ()  # how much each codebook counts in the loss, over their mean; empty: all the same
     steps: int = 1000  # optimizer steps in the whole run
     lr: float = 1e-3  # peak learning rate
-    condition_lr: float = 1.0  # times that: the learning rate of the conditioners and of cross-attention
     min_lr: float = 0.0  # learning rate at the end of the cosine
     warmup: int = 100  # steps of linear warm-up
     weight_decay: float = 0.1  # AdamW's, on matrices only
@@ -119,7 +118,7 @@ NOT_NEGATIVE = (
 )
 POSITIVE = (
     "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens style_dim style_heads"
-    " style_layers style_codebooks style_bins steps lr condition_lr ema_every epoch log_every timeout"
+    " style_layers style_codebooks style_bins steps lr ema_every epoch log_every timeout"
 )
 PROBABILITIES = (
     "cfg_dropout text_dropout melody_dropout style_dropout merge_text_p word_dropout beta1 beta2 ema_decay top_p"

@@ -2,8 +2,8 @@
 
 The corpus is synthesised and its captions with it, the codec ships with the repository. Where this departs from
 MusicGen (config/demo_reference.py) it is to obey captions sooner: short items, and shorter ones in turn, have more
-beginnings, where the caption alone can say what comes; the first codebooks carry what one hears; rotary positions carry
-rhythm; and what reads the caption learns at half the rate, or it falls behind the context (docs/numbers.md).
+beginnings, where the caption alone can say what comes; the first codebooks carry what one hears; and rotary positions
+carry rhythm (docs/numbers.md).
 """
 
 out = "out/demo"
@@ -24,7 +24,6 @@ text_layers = 2
 codebook_weights = (3.0, 1.5, 0.5, 0.5)
 steps = 7000
 lr = 1e-3
-condition_lr = 0.5
 warmup = 100
 epoch = 1750
 ema_decay = 0.99

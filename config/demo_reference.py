@@ -5,7 +5,6 @@ from config.demo import *
 out = "out/demo_reference"
 positions = "sinusoidal"
 codebook_weights = ()
-condition_lr = 1.0
 segment = 8.0
 short_every = 0
 steps = 3500

@@ -63,7 +63,7 @@ def bench_learning(names, seconds, device, autocast, overrides=()):
     train_data, valid_data = data.Tokens(s.data, "train"), data.Tokens(s.data, "valid")
     codec, tokenizer = data.load_codec(s.data, s.codec, s.codec_weights).describe(), data.read_tokenizer(s.data)
     # MusicGen's own choices
-    plain = dataclasses.replace(s, positions="sinusoidal", codebook_weights=(), condition_lr=1.0)
+    plain = dataclasses.replace(s, positions="sinusoidal", codebook_weights=())
     rows = {}
     for name in ("ours", "ours, plain", *names):
         torch.manual_seed(s.seed)
