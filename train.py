@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import common  # before torch, whose threads it tells how to wait
@@ -25,7 +26,6 @@ import common  # before torch, whose threads it tells how to wait
 # isort: split
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import config
@@ -54,11 +54,16 @@ def learning_rate(step, s):
     return s.min_lr + (s.lr - s.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def update_ema(ema, model, decay):
-    """Takes the model's weights into their EMA, an AveragedModel, corrected as in Adam (arXiv:1412.6980)."""
-    updates = int(ema.n_averaged) + 1
-    ema.multi_avg_fn = get_ema_multi_avg_fn(1 - (1 - decay) / (1 - decay**updates))  # the start leaves no trace
-    ema.update_parameters(model)
+@torch.no_grad()
+def update_ema(ema, model, decay, updates):
+    """Takes the model's weights into their EMA, another such model, the `updates`-th time, from 1.
+
+    Corrected as in Adam (arXiv:1412.6980): the start leaves no trace. torch's AveragedModel would wait for a GPU.
+    """
+    weight = (1 - decay) / (1 - decay**updates)
+    torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], weight)
+    for averaged, buffer in zip(ema.buffers(), model.buffers()):
+        averaged.copy_(buffer)
 
 
 def codebook_weights(s, K):
@@ -199,17 +204,16 @@ def main():
         if has_weights:
             model.load_state_dict(averaged, strict=False)  # LoRA starts anew
     freeze(model, s.freeze)
-    ema = AveragedModel(model)
-    ema.module.eval().requires_grad_(False)
+    ema = deepcopy(model).eval().requires_grad_(False)
     if s.compile == "always" or (s.compile == "auto" and device.type == "cuda" and s.steps >= 1000):
         common.compile_blocks(model, device)
     if is_sharded:
         common.shard(model, device, dtype, s.reshard_after_forward, broadcast=not saved)
         # the EMA has no backward pass, after which its weights would be spread again
-        common.shard(ema.module, device, dtype, True, reshard_rest=True, broadcast=not saved)
+        common.shard(ema, device, dtype, True, reshard_rest=True, broadcast=not saved)
         net = model
     else:
-        for part in (model, ema.module):
+        for part in (model, ema):
             if has_weights:
                 part.to(device)
             else:
@@ -221,13 +225,13 @@ def main():
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     # Restore
-    step, skipped, recent = 0, 0, []  # recent: the losses since the last line of the log, by step and codebook
+    step, skipped, ema_updates = 0, 0, 0
+    recent = []  # the losses since the last line of the log, by step and codebook
     if saved:
         common.set_state(model, saved["model"], optimizer, saved["optimizer"])
-        common.set_state(ema.module, saved["ema"])
-        ema.n_averaged.fill_(saved["ema_updates"])
+        common.set_state(ema, saved["ema"])
         scaler.load_state_dict(saved["scaler"] or scaler.state_dict())  # empty unless it was a float16 run
-        step, skipped, recent = saved["step"], saved["skipped"], saved["recent"]
+        step, skipped, ema_updates, recent = (saved[key] for key in ("step", "skipped", "ema_updates", "recent"))
         print("; ".join([f"resuming from {last} at step {step}", *changes.values()]))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -269,19 +273,19 @@ def main():
         epoch, ends_epoch = math.ceil(step / s.epoch), step % s.epoch == 0 or step >= s.steps
         if (ends_epoch or stopping) and step > resumed_at:
             faulthandler.cancel_dump_traceback_later()  # from here to the next step, ranks may wait for rank 0
-            (weights, moments), (averaged, _) = common.get_state(model, optimizer), common.get_state(ema.module)
-            common.save_checkpoint(last, "last", model=weights, ema=averaged, ema_updates=int(ema.n_averaged),
+            (weights, moments), (averaged, _) = common.get_state(model, optimizer), common.get_state(ema)
+            common.save_checkpoint(last, "last", model=weights, ema=averaged, ema_updates=ema_updates,
                                    optimizer=moments, scaler=scaler.state_dict(), step=step, skipped=skipped,
                                    recent=recent, **described)  # fmt: skip
         if ends_epoch and not stopping and not log.is_committed(step):
             held_out = data.valid_batches(valid_data, prepare, T, micro_batch, s, rank, world_size)
-            ce_q, null_ce_q = validate(ema.module, held_out, device, autocast)
+            ce_q, null_ce_q = validate(ema, held_out, device, autocast)
             valid = with_perplexity(by_codebook("ce", ce_q))
             log.stage("valid", step, epoch, **valid, **unigram, gain=float(np.mean(null_ce_q)) - valid["ce"])
             if not valid["ce"] < DIVERGED:
                 raise UserError(f"step {step}: valid ce {valid['ce']:g}, it diverged; start again with a lower --lr")
             if 0 < step and valid["ce"] < best_ce:
-                best_ce, (averaged, _) = valid["ce"], common.get_state(ema.module)
+                best_ce, (averaged, _) = valid["ce"], common.get_state(ema)
                 common.save_checkpoint(best, "best", ema=averaged, step=step, ce=best_ce, **described)
                 log.stage("best", step, epoch, ce=best_ce)
             if s.evaluate_clips and is_due(step, s.evaluate_every, s):
@@ -335,7 +339,8 @@ def main():
             scaler.step(optimizer)
             model.conditioner.update()
             if step % s.ema_every == 0:
-                update_ema(ema, model, s.ema_decay)
+                ema_updates += 1
+                update_ema(ema, model, s.ema_decay, ema_updates)
             recent.append(ce_q)
         else:
             model.conditioner.discard()

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,7 +82,6 @@ torch.inference_mode = lambda mode=True: torch.set_grad_enabled(not mode)  # whi
 import torch.nn.functional as F  # noqa: E402
 from models import CODEC, TOKENIZER  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
-from torch.optim.swa_utils import AveragedModel  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import generate  # noqa: E402
@@ -247,22 +247,24 @@ def make(**settings):
 def training_step(dtype, **settings):
     """Sections 2 to 4 of train.py's loop, the second time."""
     s, model, batch, _ = make(**settings)
-    ema = AveragedModel(model)
+    ema = deepcopy(model)
     with fake_cuda() as watch:
         on_device(model).train(), on_device(ema)
         optimizer = train.make_optimizer(model, s)
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-        for _ in range(2):
+        loss_weights = train.codebook_weights(s, model.K).to("cuda")
+        for updates in (1, 2):
             watch.forget()
             targets = model.count_targets(batch.scored.sum(0).to("cuda", non_blocking=True)).clamp(min=1)
             with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
                 ce_sum, _ = model(*batch.to("cuda"))
-            scaler.scale((ce_sum / targets).mean()).backward()
+            scaler.scale((loss_weights * ce_sum / targets).mean()).backward()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             torch.cat([(ce_sum / targets).detach(), norm[None]]).tolist()
             scaler.step(optimizer)
             model.conditioner.update()
+            train.update_ema(ema, model, s.ema_decay, updates)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
     return watch.found()

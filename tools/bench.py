@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,7 +34,6 @@ import common  # before torch, whose threads it tells how to wait
 # isort: split
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 import config
 import data
@@ -169,7 +169,7 @@ def our_training(args, B, device, dtype, compiled):
     T = args.train_frames
     model, s = make_model(args, T, device)
     model.train()
-    ema = AveragedModel(model)
+    ema, updates = deepcopy(model), itertools.count(1)
     if compiled:
         common.compile_blocks(model, device)
     optimizer = train.make_optimizer(model, s)
@@ -183,7 +183,7 @@ def our_training(args, B, device, dtype, compiled):
         *_, norm = grad_norm.tolist()
         if norm < float("inf"):
             scaler.step(optimizer)
-            train.update_ema(ema, model, s.ema_decay)
+            train.update_ema(ema, model, s.ema_decay, next(updates))
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 

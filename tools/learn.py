@@ -9,10 +9,10 @@ a mark at a time; reading the batches counts, validation does not.
 
 import dataclasses
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import common
@@ -30,8 +30,7 @@ def learn(model, s, train_data, valid_data, seconds, device, autocast):
     """Trains for so many seconds; yields (seconds of training, tokens, held-out ce by codebook) at each mark."""
     T, trained, step, mark = model.trained_frames, 0.0, 0, 1
     model.train().to(device)
-    ema = AveragedModel(model)
-    ema.module.eval()
+    ema = deepcopy(model).eval()
     optimizer, weights = train.make_optimizer(model, s), train.codebook_weights(s, model.K).to(device)
     steps = data.TrainingSteps(train_data, model.conditioner.prepare, T, s)
     thousandths = dataclasses.replace(s, steps=1000, warmup=30)
@@ -46,12 +45,12 @@ def learn(model, s, train_data, valid_data, seconds, device, autocast):
         train.set_learning_rate(optimizer, train.learning_rate(int(1000 * min(1, trained / seconds)), thousandths))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        train.update_ema(ema, model, s.ema_decay)
+        train.update_ema(ema, model, s.ema_decay, step + 1)
         loss.item()
         step, trained = step + 1, trained + time.perf_counter() - start
         if trained >= mark * seconds / MARKS:
             held_out = data.valid_batches(valid_data, model.conditioner.prepare, T, 8, s)
-            yield trained, step * s.batch_size * T * model.K, train.validate(ema.module, held_out, device, autocast)[0]
+            yield trained, step * s.batch_size * T * model.K, train.validate(ema, held_out, device, autocast)[0]
             mark += 1
 
 
