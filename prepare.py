@@ -305,7 +305,8 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
         try:
             write_data_set(work, out, kept, files, skipped, codec, valid_fraction, vocab_size, request)
         except OSError as error:
-            raise UserError(f"{work}: cannot be written ({error.strerror}); make room, and run this again: what is"
+            why = error.strerror or common.first_line(error)
+            raise UserError(f"{work}: cannot be written ({why}); make room, and run this again: what is"
                             " encoded is kept") from None  # fmt: skip
         print_report(out)
         print(f"wrote {out}")
