@@ -16,9 +16,9 @@ Letters: B batch, K codebooks, T frames.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
-import io
 import itertools
 import math
 import mmap
@@ -433,6 +433,5 @@ def draw_spectrogram(path, picture, sample_rate):
     mel = torch.nn.functional.adaptive_max_pool1d(mel, min(400, mel.shape[1]))
     level = 1 + (mel / (n_fft / 4)).clamp(min=1e-9).log10() / 4  # n_fft / 4: a full-scale sine's
     grey = Image.fromarray((255 * level.clamp(0, 1)).byte().flip(0).numpy())
-    content = io.BytesIO()
-    ImageOps.colorize(grey, black="#000004", mid="#b73779", white="#fcfdbf").save(content, format="png")
-    write_file(Path(picture), content.getvalue())
+    image = ImageOps.colorize(grey, black="#000004", mid="#b73779", white="#fcfdbf")
+    write_file(Path(picture), functools.partial(image.save, format="png"))

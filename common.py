@@ -74,18 +74,22 @@ def run(main, when_memory_is_out="ask for less at once"):
 
 
 def write_file(path, content):
-    """Writes bytes under a temporary name, syncs and renames: `path` holds all of them, or what it held before."""
+    """Writes under a temporary name, syncs and renames: `path` holds all of it, or what it held before.
+
+    content: bytes, or a function that writes to the open file it is given. Raises UserError if it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save turns some errors of the disk into its own
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or choose another folder") from None
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path}: cannot be written ({why}); make room, or choose another folder") from None
 
 
 def write_json(path, value):

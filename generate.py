@@ -240,9 +240,8 @@ def optimize(model, dtype=torch.float32, compiled=False):
     packs = can_pack(device, dtype)
     for parent in (model, *model.blocks):
         for name, module in [*parent.named_children()]:
-            if not isinstance(module, nn.Linear):
-                continue
-            module.to(dtype)
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
             if type(module) is not nn.Linear:  # LoRA's has another forward
                 continue
             if packs and is_wide:

@@ -1,4 +1,4 @@
-"""Linear layers for few rows on a CPU, as a step of generation has them; `optimize` in generate.py says which and when.
+"""Linear layers for few rows on a CPU (GEMV), as in a step of generation; `optimize` in generate.py says which, when.
 
 oneDNN multiplies by weights in a layout of its own. torch's linear layer brings those in bfloat16 into that layout for
 each product, and gives those in float32 to MKL, slow with few rows on AMD's processors (docs/numbers.md).

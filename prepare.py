@@ -88,11 +88,9 @@ def encode_track(job):
     except UserError as error:
         return str(error)
     if heard:
-        content = io.BytesIO()
-        np.savez(content, **heard)
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{uuid.uuid4().hex}.part")  # two processes may meet files of one content
-        common.write_file(temporary, content.getvalue())
+        common.write_file(temporary, lambda opened: np.savez(opened, **heard))
         temporary.replace(file)
         about = {key: value for key, value in heard.items() if np.ndim(value) == 0}
     return dict(**about, file=str(file), tags=read_tags(path, wanted_tags))
@@ -237,8 +235,8 @@ def write_split(folder, split, tracks, arrays, codec):
                 np.lib.format.write_array_header_1_0(file, dict(descr=kind, fortran_order=False, shape=shape))
             for track in chosen:
                 codes, notes = next(arrays)
-                tokens.write(np.ascontiguousarray(codes, "<u2"))
-                melody.write(np.ascontiguousarray(notes, "|u1"))
+                tokens.write(codes.astype("<u2").tobytes())
+                melody.write(notes.tobytes())
                 for k, column in enumerate(codes.T):
                     counts[k] += np.bincount(column, minlength=codec["card"])
                 lines.write(json.dumps({**track, "first": first}) + "\n")

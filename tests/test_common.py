@@ -333,6 +333,21 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 1
 
 
+def test_a_file_is_whole_or_what_it_was(tmp_path):
+    def break_off(file):
+        file.write(b"half")
+        raise RuntimeError("unexpected pos 704 vs 598")  # as torch.save says of a full disk
+
+    for name, before in (("new", None), ("old", b"before")):
+        path = tmp_path / name
+        if before:
+            common.write_file(path, before)
+        with pytest.raises(UserError, match=f"{name}: cannot be written .unexpected pos"):
+            common.write_file(path, break_off)
+        assert (path.read_bytes() if path.exists() else None) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
 def test_a_lock_holds_until_the_process_ends(tmp_path):
     common.lock(tmp_path)
     with pytest.raises(UserError, match="another run is under way there"):

@@ -287,6 +287,14 @@ def test_the_codec_is_that_of_the_reference(folder, published, layout):
     torch.testing.assert_close(streamed, codec.decode(codes), atol=1e-5, rtol=0)
 
 
+def test_what_cannot_be_written_is_said(folder, tmp_path):
+    target = tmp_path / "new" / "codec.safetensors"
+    target.mkdir(parents=True)
+    with pytest.raises(UserError, match="codec.safetensors: cannot be written .*; make room, or choose another"):
+        convert.convert_codec(folder / "audiocraft", target)
+    assert list(target.parent.iterdir()) == [target]
+
+
 def test_a_codec_that_will_not_do(folder, published, tmp_path):
     def said(path):
         with pytest.raises(UserError) as error:

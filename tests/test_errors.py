@@ -148,6 +148,7 @@ def test_settings_that_the_codec_cannot_serve(command, dataset, tmp_path):
     refused(command(train, *args, "--delays=0.5,1,2,3"), "4 whole numbers are needed")
     refused(command(train, *args, "--segment=0.06"), "an item of 3 frames leaves a codebook without a target")
     refused(command(train, *args, "--segment=0.001"), "segment = 0.001: less than a frame of the codec")
+    refused(command(train, *args, "--style=True", "--style_seconds=0.001,0.002"), "style_seconds: at most 0.002 s")
     refused(command(train, *args, "--clip_seconds=0.02"), "clip_seconds = 0.02: clips of less than two frames")
     refused(command(train, "config/demo.py", f"--data={tmp_path / 'mistyped'}"), "mistyped: not a prepared data set")
     assert not (tmp_path / "out").exists() and not (tmp_path / "mistyped_audio").exists()

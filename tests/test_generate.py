@@ -120,10 +120,18 @@ def test_compiled_generation_equals_eager():
 )
 def test_a_compiled_narrow_layer_sums_what_a_linear_layer_multiplies(dtype, rows, within):
     model, x = optimize(make_model(layers=1), dtype, compiled=True), torch.randn(rows, 1, 32)
+    graphs = []
+
+    def remember(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
     for layer in (model.heads, model.blocks[0].up):
         assert type(layer) is SummedLinear
         found, expected = torch.compile(layer, fullgraph=True)(x), F.linear(x.to(dtype), layer.weight)
         torch.testing.assert_close(found, expected, rtol=within, atol=within)
+        torch.compile(layer, backend=remember, fullgraph=True)(x)
+        assert ("linear(" in graphs[-1]) == (rows > 8), graphs[-1]
 
 
 @needs_compiler

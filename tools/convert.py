@@ -22,7 +22,7 @@ Letters: K codebooks, D model width, `card` codes in a codebook.
 """
 
 import argparse
-import io
+import functools
 import json
 import re
 import typing
@@ -248,6 +248,14 @@ def read_lm(path, model, opened=None):
     return found
 
 
+def save_tensors(tensors, path, about):
+    """Whole or not at all, as safetensors renames too; raises UserError if they cannot be written."""
+    try:
+        safetensors.torch.save_file(tensors, path, about)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); make room, or choose another") from None
+
+
 def export_lm(model, ours, settings, folder, layout):
     """Writes a MusicLM's decoder, with the weights `ours`, as `layout` has it into `folder`; returns the path.
 
@@ -292,12 +300,11 @@ def export_lm(model, ours, settings, folder, layout):
                        cross_attention_pos_emb=False, cross_attention_pos_emb_scale=1),
         )  # fmt: skip
         path = folder / "state_dict.bin"  # JSON is YAML, which is what the reference reads there
-        content = io.BytesIO()
-        torch.save({"best_state": theirs, "xp.cfg": json.dumps(config), "version": "1.3.0", "exported": True}, content)
-        common.write_file(path, content.getvalue())
+        whole = {"best_state": theirs, "xp.cfg": json.dumps(config), "version": "1.3.0", "exported": True}
+        common.write_file(path, functools.partial(torch.save, whole))
         return path
     path = folder / "model.safetensors"
-    common.write_file(path, safetensors.torch.save(theirs, {"format": "pt"}))
+    save_tensors(theirs, path, {"format": "pt"})
     config = dict(
         architectures=["MusicgenForCausalLM"], model_type="musicgen_decoder", vocab_size=model.card,
         num_codebooks=model.K, hidden_size=D, num_hidden_layers=layers, num_attention_heads=heads, ffn_dim=4 * D,
@@ -368,7 +375,7 @@ def convert_codec(path, file):
     """Writes the published codec as `codec.load_musicgen_32khz` reads it."""
     state, pad_mode = read_codec(path)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    common.write_file(Path(file), safetensors.torch.save(state, {"pad_mode": pad_mode}))
+    save_tensors(state, file, {"pad_mode": pad_mode})
     print(f"wrote {file}; to use it: --codec=musicgen_32khz --codec_weights={file}")
 
 
