@@ -156,6 +156,13 @@ def pick_device(name="auto", dtype="auto"):
     return torch.device(name), getattr(torch, dtype)
 
 
+def how(device, dtype):
+    """In words, how is computed there."""
+    n = torch.get_num_threads()
+    threads = f" ({n} thread{'s' * (n > 1)})" if device.type == "cpu" else ""
+    return f"{device.type}{threads} in {str(dtype).removeprefix('torch.')}"
+
+
 def keep_freed_memory():
     """Has the C library keep what is freed. Else the system takes it, and clears new pages for it, at each step."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc

@@ -85,8 +85,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import generate  # noqa: E402
+import metrics  # noqa: E402
 import model as model_module  # noqa: E402
 import train  # noqa: E402
+from codec import encode_long, load_codec  # noqa: E402
 from config import Settings  # noqa: E402
 from data import Batch  # noqa: E402
 from model import MusicLM  # noqa: E402
@@ -208,6 +210,8 @@ def pattern(self, T, training=False, device=None):
 real_pattern, MusicLM.pattern = MusicLM.pattern, pattern
 model_module.make_pattern = outside(model_module.make_pattern)
 generate.condition_groups = outside(generate.condition_groups)
+metrics.key_matches = outside(lambda chroma: np.zeros(24))  # which the host computes from what it has read
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=80 * 2**30)
 generate.CUDAGraph = lambda function, *inputs: function  # recording is for a device that is there
 
 
@@ -289,6 +293,30 @@ def generation(frames=25, **settings):
     return watch.found() | {"waits by frame": waits}
 
 
+def evaluation(frames=25, **settings):
+    """The clips of metrics.evaluate, and what is heard in them."""
+    s, model, _, conditions = make(**settings)
+    codec = load_codec("tiny")
+    generate.optimize(model, torch.bfloat16)
+    with fake_cuda() as watch, contextlib.redirect_stdout(sys.stderr):  # its progress bar
+        on_device(model).eval().requires_grad_(False), on_device(codec.model)
+        clips = metrics.generate_many(model, conditions, frames, 3.0, s, "clips")
+        made = watch.found()
+        watch.forget()
+        metrics.listen(codec, clips, metrics.features)
+        metrics.latent_gaussian(codec, clips)
+    return made | {"listening": watch.found()}
+
+
+def encoding():
+    """What prepare.py asks of the codec, for a file longer than a piece."""
+    codec = load_codec("tiny")
+    with fake_cuda() as watch:
+        on_device(codec.model)
+        encode_long(codec, torch.zeros(1, 3 * codec.sample_rate), piece=1.0)
+    return watch.found()
+
+
 if __name__ == "__main__":
     everything = dict(melody=True, style=True)
     found = {
@@ -298,6 +326,8 @@ if __name__ == "__main__":
         "float16, everything": training_step(torch.float16, **everything),
         "validation": validation(**everything),
         "generation": generation(**everything),
+        "evaluation": evaluation(**everything),
+        "encoding": encoding(),
     }
     print(json.dumps(found, indent=1), flush=True)
     os._exit(0)

@@ -357,6 +357,14 @@ def test_many_clips_are_those_generated_one_by_one(toy_run, monkeypatch):
         assert torch.equal(many[i : i + 1], alone) and torch.equal(many[i, :, :10], prompts[i])
 
 
+def test_a_gpu_that_has_bfloat16_generates_in_it(toy_run, monkeypatch):
+    model = load_model(toy_run[0] / "best.pt")[0]
+    monkeypatch.setattr(metrics, "load_model", lambda path, device: (model, None, None))
+    monkeypatch.setattr(common, "has_fast_bfloat16", lambda kind: kind == "cuda")
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        assert metrics.load("best.pt", torch.device(device)).heads.weight.dtype == dtype
+
+
 def test_the_caches_of_clips_generated_together_stay_within_their_room():
     with torch.device("meta"):
         codec, tokenizer = dict(K=4, card=2048, frame_rate=50, dim=8), train_tokenizer([], 300)

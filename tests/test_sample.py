@@ -198,6 +198,10 @@ def test_a_small_model_on_a_cpu_takes_bfloat16_only_where_asked_or_compiled(toy_
     assert taken == {"": torch.float32, "--dtype bfloat16": torch.bfloat16, "--compile": torch.bfloat16}
 
 
+def test_what_was_chosen_for_this_machine_is_said(play):
+    assert "on cpu (1 thread) in float32 by Linear\n" in play("bells")
+
+
 def test_a_spectrogram_beside_each_clip_where_pillow_is(play, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(sample, "draw_spectrogram", lambda path, picture, rate: drawn.append((picture.name, rate)))

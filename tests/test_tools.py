@@ -25,17 +25,23 @@ from tools.estimate import activation_bytes, estimate
 TOY = "--size tiny --train_batch 1 --train_frames 12 --generate_batch 2 --generate_frames 6 --dtype float32 --repeats 1"
 
 
-def test_a_bench_prints_what_it_promises(command, monkeypatch):
+@pytest.fixture
+def ceilings(monkeypatch):
+    """Of a machine that needs no measuring."""
     monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e15, 1e9))
+    monkeypatch.setattr(bench.common, "git", lambda *words: "abc1234\n")
+
+
+def test_a_bench_prints_what_it_promises(command, monkeypatch, ceilings):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as where they are not installed
     monkeypatch.setitem(sys.modules, "xformers", None)
     status, output = command(bench, *TOY.split(), "--work", "train,generate", "--peers")
     assert status == 0, output
     lines = [line.split() for line in output.splitlines() if line.startswith("  ours  ")]
-    assert [line[2] for line in lines] == ["tokens/s", "frames/s"]
+    assert [line[2] for line in lines] == ["tokens/s", "frames/s"] and "commit abc1234; ceilings" in output
     model = bench.make_model(bench_arguments(), 12, "cpu")[0]
     seconds = 1 * 4 * 12 / float(lines[0][1].replace(",", ""))
-    assert float(lines[0][3]) == pytest.approx(100 * model.flops() / seconds / 1e15, abs=0.51)
+    assert float(lines[0][6]) == pytest.approx(100 * model.flops() / seconds / 1e15, abs=0.51)
     assert (
         "26 MB of weights a frame" in output and "x real time, all streams" in output and "first frame after" in output
     )
@@ -92,24 +98,25 @@ def test_medians_are_taken_in_turn_and_a_peer_may_fail(monkeypatch, capsys):
 
     calls = {("ours", False): work("a", 9, 1, 5, 2), ("transformers", False): work("b", 7, 4, 4, 8)}
     found = bench.in_turn({**calls, ("audiocraft", True): fail}, torch.device("cpu"), 3)
-    assert found == {("ours", False): (9, 2), ("transformers", False): (7, 4)} and order == list("abababab")
+    assert found == {("ours", False): (9, [1, 5, 2]), ("transformers", False): (7, [4, 4, 8])}
+    assert order == list("abababab")
     assert "audiocraft compiled is left out: no such operator" in capsys.readouterr().out
     with pytest.raises(ValueError):
         bench.in_turn({("ours", False): fail}, torch.device("cpu"), 3)
     bench.print_table("training", found, 100, "tokens/s", lambda rate: rate / 200)
     said = capsys.readouterr().out
-    assert "50.0 tokens/s  25 % of ceiling" in said and "25.0 tokens/s  ours: 2.00 x" in said
+    assert "50.0 tokens/s (20.0 to 100.0)         25 % of ceiling" in said
+    assert "25.0 tokens/s (12.5 to 25.0)          ours: 2.00 x" in said
 
 
 def test_the_ceilings_are_those_of_what_is_run(monkeypatch):
-    monkeypatch.setattr(bench, "in_turn", lambda calls, *_: [call() for call in calls.values()] and {
-        "product": (0, 0.5), "copy": (0, 0.25)})  # fmt: skip
+    seconds = iter([0.5, 0.25])
+    monkeypatch.setattr(bench, "median_of", lambda call, *_: call() is not None and next(seconds))
     product, copy = bench.ceilings(torch.device("cpu"), torch.float32)
     assert product == 2 * 2048**3 / 0.5 and copy == 2 * 2**28 / 0.25
 
 
-def test_start_up_is_that_of_the_programs(command, monkeypatch):
-    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e11, 1e10))
+def test_start_up_is_that_of_the_programs(command, monkeypatch, ceilings):
     started = []
     monkeypatch.setattr(bench.subprocess, "run", lambda words, **how: started.append(words[1:]))
     status, output = command(bench, "--work", "start", "--repeats", 2)
@@ -127,9 +134,7 @@ def test_what_is_asked_of_a_gpu_is_run_a_process_each(command, monkeypatch):
         assert set(bench.make_parser().parse_args(words).work.split(",")) <= set(bench.WORK)
 
 
-def test_a_run_of_train_py_is_measured_by_its_own_log(command, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: (1e11, 1e10))
-
+def test_a_run_of_train_py_is_measured_by_its_own_log(command, monkeypatch, ceilings):
     def run(words, **how):
         out = Path(next(word for word in words if word.startswith("--out="))[6:])
         settings = config.load([word for word in words if word.startswith("--")], "")

@@ -5,9 +5,10 @@
     python -m tools.bench --compile --peers               # compiled too, and the peers that are installed
     python -m tools.bench --gpu                           # all that one wants to know of a GPU, in ten minutes
 
-What is in one table is timed in turn, once each, `--repeats` times over, and medians are given: whatever else the
-machine does falls on all alike. The ceilings are the arithmetic of a large matrix product and the bandwidth of a large
-copy. The step is that of train.py's loop, and the generation generate.py's.
+What is in one table is timed in turn, once each, `--repeats` times over: whatever else the machine does falls on all
+alike. Given are medians, and the slowest and quickest of the repeats. The ceilings are the arithmetic of a large
+matrix product and the bandwidth of a large copy. The step is that of train.py's loop, and the generation
+generate.py's.
 
 Letters: B batch, K codebooks, T frames.
 """
@@ -59,8 +60,9 @@ ON_GPU = (  # each in a process of its own, so that the memory is its own
     "--work train --size small --train_batch 8 --train_frames 1500 --compile --peers",
     "--work train --size medium --train_batch 4 --train_frames 1500 --compile",
     "--work run --size small --train_batch 16 --train_frames 1500",
+    "--work run --size medium --train_batch 4 --train_frames 1500",
     "--work generate --size small --generate_batch 1,64 --generate_frames 250 --compile",
-    "--work generate --size small --generate_batch 1,64 --generate_frames 50 --peers transformers",
+    "--work generate --size small --generate_batch 1,64 --generate_frames 50 --peers",
     "--work prepare",
 )
 
@@ -83,7 +85,7 @@ def clock(call, device):
 
 
 def in_turn(calls, device, repeats):
-    """{name: callable} -> {name: (seconds of the first call, median seconds of the others)}, without failing peers."""
+    """{name: callable} -> {name: (seconds of the first call, [those of the others])}, without failing peers."""
     first = {}
     for name, call in calls.items():
         try:
@@ -96,7 +98,11 @@ def in_turn(calls, device, repeats):
     for _ in range(repeats):
         for name in first:
             times[name].append(clock(calls[name], device))
-    return {name: (first[name], statistics.median(times[name])) for name in first}
+    return {name: (first[name], times[name]) for name in first}
+
+
+def median_of(call, device, repeats):
+    return statistics.median(in_turn({"": call}, device, repeats)[""][1])
 
 
 def ceilings(device, dtype):
@@ -105,20 +111,22 @@ def ceilings(device, dtype):
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found = in_turn({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, 10)
-    return 2 * n**3 / found["product"][1], 2 * size / found["copy"][1]
+    product, copy = median_of(lambda: a @ b, device, 10), median_of(lambda: target.copy_(source), device, 10)
+    return 2 * n**3 / product, 2 * size / copy
 
 
 def print_table(title, times, units, unit, share_of_ceiling):
-    """times: {(name, compiled): (seconds of the first call, median seconds)}, `units` done in each."""
+    """times: what `in_turn` gives by (name, compiled), `units` done in each call."""
     print(f"\n{title}")
-    ours = {compiled: units / seconds for (name, compiled), (_, seconds) in times.items() if name == "ours"}
-    for (name, compiled), (first, seconds) in times.items():
-        rate = units / seconds
-        beside = f"ours: {ours[compiled] / rate:.2f} x"
-        if name == "ours":
-            beside = f"{100 * share_of_ceiling(rate):.0f} % of ceiling"
-        print(f"  {name + ' compiled' * compiled:22}{rate:12,.1f} {unit}  {beside:17} first call {first:.1f} s")
+    rates = {row: [units / second for second in seconds] for row, (_, seconds) in times.items()}
+    for (name, compiled), (first, _) in times.items():
+        slowest, rate, quickest = (f(rates[name, compiled]) for f in (min, statistics.median, max))
+        beside = f"{100 * share_of_ceiling(rate):.0f} % of ceiling"
+        if name != "ours":
+            beside = f"ours: {statistics.median(rates['ours', compiled]) / rate:.2f} x"
+        spread = f"({slowest:,.1f} to {quickest:,.1f})"
+        name += " compiled" * compiled
+        print(f"  {name:22}{rate:12,.1f} {unit} {spread:24}{beside:18}first call {first:.1f} s")
 
 
 def peak_memory(device):
@@ -221,7 +229,7 @@ def drawing(args, B):
         prepare_text = make_model(args, args.train_frames, "meta")[0].conditioner.prepare
         tokens = data.Tokens(folder, "train")
         steps = data.TrainingSteps(tokens, prepare_text, args.train_frames, Settings(batch_size=B))
-        return in_turn({"": lambda: steps[0]}, torch.device("cpu"), 10)[""][1]
+        return median_of(lambda: steps[0], torch.device("cpu"), 10)
 
 
 def bench_run(args, device):
@@ -263,7 +271,7 @@ def bench_training(args, B, device, dtype, product):
     times, units = in_turn(steps, device, args.repeats), B * K * T
     title = f"training {args.size}: B {B}, T {T}, {str(dtype)[6:]}; ceiling: that of the matrix product"
     print_table(title, times, units, "tokens/s", lambda rate: rate / units * B * model.flops() / product)
-    seconds, step = times["ours", args.compile][1], steps["ours", args.compile]
+    seconds, step = statistics.median(times["ours", args.compile][1]), steps["ours", args.compile]
     optimizer = statistics.median(step() for _ in range(args.repeats)) / seconds
     print(f"  ours: forward and backward {100 - 100 * optimizer:.1f} %, optimizer and average {100 * optimizer:.1f} %,"
           f" drawing the next batch {100 * drawing(args, B) / seconds:.1f} %;"
@@ -287,10 +295,10 @@ def bench_generation(args, B, device, dtype, copy):
     title = (f"generation {args.size}: B {B}, {T} frames, guidance {CFG:g}, {str(dtype)[6:]}; frames/s of one stream;"
              f" ceiling: reading {weights / 1e6:.0f} MB of weights a frame")  # fmt: skip
     print_table(title, times, T, "frames/s", lambda rate: rate * weights / copy)
-    seconds = times["ours", args.compile][1]
-    first = in_turn({"": lambda: next(stream(model, [CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K))}, device, args.repeats)
+    seconds = statistics.median(times["ours", args.compile][1])
+    first = median_of(lambda: next(stream(model, [CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K)), device, args.repeats)
     print(f"  ours: {B * T / FRAME_RATE / seconds:.1f} x real time, all streams together; first frame after"
-          f" {1000 * first[''][1]:.0f} ms; {T * weights / seconds / 1e9:.1f} GB/s of weights")  # fmt: skip
+          f" {1000 * first:.0f} ms; {T * weights / seconds / 1e9:.1f} GB/s of weights")  # fmt: skip
 
 
 def bench_prepare(args):
@@ -359,7 +367,7 @@ def bench_start_up(args):
     calls["import torch alone"] = functools.partial(subprocess.run, [sys.executable, "-c", "import torch"], **here)
     print("\nstart-up")
     for name, (_, seconds) in in_turn(calls, torch.device("cpu"), args.repeats).items():
-        print(f"  {name:22}{seconds:12.2f} s")
+        print(f"  {name:22}{statistics.median(seconds):12.2f} s")
 
 
 def numbers(text):
@@ -409,9 +417,11 @@ def main():
     if device.type == "cpu":  # as in train.py
         common.keep_freed_memory()
     product, copy = ceilings(device, dtype)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, torch {torch.__version__}, {str(dtype)[6:]}; ceilings: matrix product {product / 1e9:,.0f} GFLOP/s,"
-          f" copy {copy / 1e9:,.1f} GB/s read and written")  # fmt: skip
+    is_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_gpu else torch.cpu.get_capabilities().get("cpu_name", "a CPU")
+    commit = common.git("describe", "--always", "--dirty").strip()
+    print(f"{name}: {common.how(device, dtype)}, torch {torch.__version__}, commit {commit or 'unknown'}; ceilings:"
+          f" matrix product {product / 1e9:,.0f} GFLOP/s, copy {copy / 1e9:,.1f} GB/s read and written")  # fmt: skip
     if "learn" in args.work:
         autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         learn.bench_learning([*filter(None, args.peers.split(","))], args.seconds, device, autocast)
