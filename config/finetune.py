@@ -19,6 +19,6 @@ steps = 5000
 lr = 3e-4
 warmup = 200
 epoch = 500
-ema_decay = 0.99
+ema_every = 1
 generate_every = 1
 valid_items = 256

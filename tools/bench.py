@@ -50,8 +50,8 @@ from tools import learn, peers
 
 SIZES = {
     "tiny": dict(dim=256, heads=4, layers=6),
-    "small": dict(dim=1024, heads=16, layers=24),
-    "medium": dict(dim=1536, heads=24, layers=48),
+    "small": dict(dim=1024, heads=16, layers=24, ema_every=10),
+    "medium": dict(dim=1536, heads=24, layers=48, ema_every=10),
 }
 WORK = ("train", "run", "generate", "prepare", "start", "learn", "scale")
 K, FRAME_RATE, CFG, TOP_K = 4, 50, 3.0, 250
@@ -177,7 +177,7 @@ def our_training(args, B, device, dtype, compiled):
     T = args.train_frames
     model, s = make_model(args, T, device)
     model.train()
-    ema, updates = deepcopy(model), itertools.count(1)
+    ema, steps = deepcopy(model), itertools.count(1)
     if compiled:
         common.compile_blocks(model, device)
     optimizer = train.make_optimizer(model, s)
@@ -188,10 +188,11 @@ def our_training(args, B, device, dtype, compiled):
     targets = model.count_targets(everything.sum(0).to(device))
 
     def update(grad_norm):
-        *_, norm = grad_norm.tolist()
+        step, (*_, norm) = next(steps), grad_norm.tolist()
         if norm < float("inf"):
             scaler.step(optimizer)
-            train.update_ema(ema, model, s.ema_decay, next(updates))
+            if step % s.ema_every == 0:
+                train.update_ema(ema, model, s.ema_decay, step // s.ema_every)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
