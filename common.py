@@ -43,8 +43,11 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
-def run(main, when_memory_is_out="ask for less at once"):
-    """Calls a program's main. Bad input ends it with one line and status 2, ctrl-C with status 130."""
+def run(main, when_memory_is_out=lambda: "ask for less at once"):
+    """Calls a program's main. Bad input ends it with one line and status 2, ctrl-C with status 130.
+
+    when_memory_is_out: gives the end of that line, what was asked for and what to do.
+    """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters, and file names be no UTF-8
     try:
@@ -58,11 +61,12 @@ def run(main, when_memory_is_out="ask for less at once"):
     except OSError as error:  # a full disk, a folder that may not be written ...
         message, status = f"error: {error.filename or 'a file'}: {error.strerror or first_line(error)}", 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        said = ("allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU's, CUDA's and cuBLAS's other errors
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(x in str(error) for x in said):
             raise
         asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         what = asked[0].lower() if asked else first_line(error)
-        message, status = f"error: out of memory ({what}); {when_memory_is_out}", 2
+        message, status = f"error: out of memory ({what}); {when_memory_is_out()}", 2
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         time.sleep(3)  # a mistake that all ranks find is printed once: rank 0 ends, and torchrun then ends the others
     if message:
@@ -178,11 +182,16 @@ def has_fast_bfloat16(device_type):
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
+def has_compiler(device):
+    """Whether torch.compile can make code for this device."""
+    if device.type == "cuda":
+        return bool(importlib.util.find_spec("triton")) and any(map(shutil.which, ("gcc", "clang", "cc")))
+    return any(map(shutil.which, ("g++", "clang++", "cl")))
+
+
 def prepare_to_compile(device):
     """Sets torch.compile's limits; raises UserError where it could not make code for this device."""
-    compilers = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++", "clang++", "cl")
-    has_triton = device.type != "cuda" or importlib.util.find_spec("triton")
-    if not has_triton or not any(map(shutil.which, compilers)):
+    if not has_compiler(device):
         raise UserError("compile: needs g++ or clang++, and triton on a GPU; install them, or do without: train.py"
                         " --compile=never")  # fmt: skip
     torch._dynamo.config.recompile_limit = 64  # code that all blocks share: lengths of captions, groups, frozen parts
@@ -339,7 +348,7 @@ def shard(model, device, dtype, reshard_blocks, reshard_rest=False, *, broadcast
     if is_meta:
         model.to_empty(device=device)
     if broadcast:
-        set_state(model, weights, from_rank_0=True)
+        set_state(model, weights)
 
 
 def is_sharded(model):
@@ -371,15 +380,15 @@ def get_state(model, optimizer=None):
     return model.state_dict(), {names[p]: state for p, state in optimizer.state.items()} if optimizer else {}
 
 
-def set_state(model, weights, optimizer=None, state=None, from_rank_0=False):
-    """Undoes `get_state`: every rank takes its share of the whole. The optimizer keeps its settings.
+def set_state(model, weights, optimizer=None, state=None):
+    """Undoes `get_state`. The optimizer keeps its settings.
 
-    Every rank is given the whole, or only rank 0 is, which then sends it weight by weight.
+    Of a sharded model rank 0 alone need be given the whole: it sends each rank its share, weight by weight.
     """
     if is_sharded(model):
         from torch.distributed.checkpoint import state_dict as dcp
 
-        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_rank_0)
+        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         dcp.set_model_state_dict(model, dict(weights), options=options)  # it changes what it is given
         if optimizer:
             groups = dcp.get_optimizer_state_dict(model, optimizer)["param_groups"]

@@ -210,7 +210,7 @@ def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_
         return choose_codes(logits, uniform, temperature, top_k, top_p)
 
     for step in range(first, pattern.S):
-        W = len(steps)  # one shape for a GPU, where it costs little, and for a CPU few
+        W = len(steps)  # for a GPU one shape, as a step is recorded once; for a CPU few
         if device.type == "cpu":
             W = P + step + (P + step) % 2
         inputs = sequence[:, :, step - 1], steps[step - 1 : step], steps[:W], uniform[step]

@@ -187,7 +187,7 @@ def clips_at_once(model):
     D, S = model.embed.embedding_dim, model.pattern(model.trained_frames).S
     steps = cache_steps(model.conditioner.rows + S)
     room = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else 2**31
-    return max(1, room // (groups * 2 * len(model.blocks) * steps * D * 4))
+    return max(1, room // (groups * 2 * len(model.blocks) * steps * D * model.heads.weight.dtype.itemsize))
 
 
 def generate_many(model, conditions, T, cfg, s, name, prompts=None):

@@ -380,4 +380,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main, "take fewer --workers")
+    common.run(main, lambda: "take fewer --workers")

@@ -35,7 +35,7 @@ from common import UserError
 from demo.corpus import prepare_demo
 from log import Log, Terminal, by_codebook, with_perplexity
 from model import MusicLM, freeze, merge_lora, refuse_other_weights
-from tools import report
+from tools import estimate, report
 
 DIVERGED = 100  # nats; blind guessing is ln(card), below 8
 MOST_SKIPPED = 16  # steps in a row; float16's loss scale, 2^16 at first, is below 1 then
@@ -185,7 +185,7 @@ def main():
         tokenizer = start_from["tokenizer"]
     torch.manual_seed(s.seed)  # here, as making the data and the codec draws numbers too
     is_sharded = world_size > 1 and s.parallel == "fsdp"
-    has_weights = not saved and (rank == 0 or not is_sharded)  # else they come from a file, or from rank 0
+    has_weights = not saved and rank == 0  # else they come from a file, or from rank 0
     with torch.device("cpu" if has_weights else "meta"):  # drawing takes half a minute for small, and 13 GB for large
         model = MusicLM(s, codec.describe(), tokenizer)
     T = model.trained_frames
@@ -205,7 +205,10 @@ def main():
             model.load_state_dict(averaged, strict=False)  # LoRA starts anew
     freeze(model, s.freeze)
     ema = deepcopy(model).eval().requires_grad_(False)
-    if s.compile == "always" or (s.compile == "auto" and device.type == "cuda" and s.steps >= 1000):
+    pays = s.compile == "auto" and device.type == "cuda" and s.steps >= 1000
+    if pays and not common.has_compiler(device):
+        print("compile: triton or gcc is missing, so the run goes on without, more slowly")
+    elif pays or s.compile == "always":
         common.compile_blocks(model, device)
     if is_sharded:
         common.shard(model, device, dtype, s.reshard_after_forward, broadcast=not saved)
@@ -219,6 +222,8 @@ def main():
             else:
                 part.to_empty(device=device)
         net = common.replicate(model, device) if world_size > 1 else model
+        if not saved:
+            ema.load_state_dict(model.state_dict())  # which DDP has brought from rank 0
     loss_weights = codebook_weights(s, model.K).to(device)
     optimizer = make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -338,7 +343,7 @@ def main():
             set_learning_rate(optimizer, learning_rate(step - 1, s))
             scaler.step(optimizer)
             model.conditioner.update()
-            if step % s.ema_every == 0:
+            if step % min(s.ema_every, s.epoch, s.steps) == 0:  # at least once before anything is done with it
                 ema_updates += 1
                 update_ema(ema, model, s.ema_decay, ema_updates)
             recent.append(ce_q)
@@ -376,5 +381,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main, "lower --micro_batch, or set --activation_checkpointing=True, --parallel=fsdp; what each part"
-               " needs is shown by python -m tools.estimate with the same settings")  # fmt: skip
+    common.run(main, lambda: estimate.in_one_line(sys.argv[1:]))

@@ -84,7 +84,7 @@ class Settings:
     beta2: float = 0.95  # AdamW
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     ema_decay: float = 0.99  # of the EMA of the weights, which validation and generation use; 0: no averaging
-    ema_every: int = 1  # steps between updates of the EMA
+    ema_every: int = 1  # steps between updates of the EMA; an epoch at most
     # The cycle
     epoch: int = 500  # steps in an epoch; after each: checkpoint, validate, keep the best
     keep_every: int = 0  # epochs between checkpoints that are kept for good, as step_NNNNNN.pt; 0: none

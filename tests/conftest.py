@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,6 +33,9 @@ import train  # noqa: E402
 from codec import load_codec  # noqa: E402
 from demo import corpus as demo_corpus  # noqa: E402
 from model import MusicLM  # noqa: E402
+
+has_compiler = shutil.which("g++") or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")
 
 hypothesis.settings.register_profile("usual", max_examples=25, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("long", max_examples=1000, deadline=None, database=None)

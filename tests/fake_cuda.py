@@ -81,7 +81,12 @@ torch.inference_mode = lambda mode=True: torch.set_grad_enabled(not mode)  # whi
 
 import torch.nn.functional as F  # noqa: E402
 from models import CODEC, TOKENIZER  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
+from torch._subclasses.fake_tensor import (  # noqa: E402
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import generate  # noqa: E402
@@ -317,6 +322,33 @@ def encoding():
     return watch.found()
 
 
+def mistakes():
+    """What the trace must find, one of each kind -> {kind: how often}."""
+    found = {}
+    with fake_cuda() as watch:
+        x, odd = torch.ones(4, 4, device="cuda"), torch.ones(1, 2, 4, 7, device="cuda")
+        kinds = {
+            "a number is read": lambda: float(x.sum()),
+            "numbers are read": lambda: x.tolist(),
+            "places are sought": lambda: x.nonzero(),
+            "a mask is the index": lambda: x[x > 0],
+            "a copy to the device": lambda: torch.ones(4).to("cuda"),
+            "a copy from it": lambda: x.cpu(),
+            "a product in float32": lambda: x @ x,
+            "the slow attention": lambda: F.scaled_dot_product_attention(odd, odd, odd),
+        }
+        for kind, make in kinds.items():
+            watch.forget()
+            with contextlib.suppress(DynamicOutputShapeException):  # a shape that depends on numbers
+                make()
+            found[kind] = sum(map(len, watch.found().values()))
+        try:
+            x + torch.ones(4, 4)
+        except RuntimeError as error:
+            found["two devices"] = str(error).count("at least two devices")
+    return found
+
+
 if __name__ == "__main__":
     everything = dict(melody=True, style=True)
     found = {
@@ -328,6 +360,7 @@ if __name__ == "__main__":
         "generation": generation(**everything),
         "evaluation": evaluation(**everything),
         "encoding": encoding(),
+        "mistakes": mistakes(),
     }
     print(json.dumps(found, indent=1), flush=True)
     os._exit(0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY, Ranks, finish, lines, load, same_run, start, untimed
+from conftest import TOY, Ranks, finish, lines, load, needs_compiler, same_run, start, untimed
 
 import common
 import metrics
@@ -126,15 +126,17 @@ def test_float16_skips_the_same_steps_on_every_rank(uneven, tmp_path):
 
 
 def compile_to_the_same():
-    """torch.compile without the half a minute that making code takes: each graph is told of, and run as it is."""
+    """torch.compile without the half a minute that making code takes: each graph is told of, and run eagerly."""
+    trace = torch._dynamo.lookup_backend("aot_eager")  # its backward pass is made ahead, as for inductor
 
     def backend(graph, inputs):
         print("graph", flush=True)
-        return graph
+        return trace(graph, inputs)
 
     torch.compile = functools.partial(torch.compile, backend=backend)
 
 
+@needs_compiler
 def test_compiled_blocks_of_several_ranks_take_captions_of_any_length(dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", "--steps=12", "--epoch=12", "--samples=0", "--word_dropout=0.5", "--layers=3",
             "--cfg_dropout=0.5", "--freeze=embed*,conditioner*,blocks.0.*"]  # fmt: skip
@@ -150,9 +152,10 @@ def test_compiled_blocks_of_several_ranks_take_captions_of_any_length(dataset, t
         assert graphs <= 12, f"{graphs}: four kinds of blocks, by what has a gradient, and lengths: one, any"
 
 
-def test_under_fsdp_rank_0_alone_draws_the_weights(dataset, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_rank_0_alone_draws_the_weights(parallel, dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--samples=0", "--evaluate_clips=0"]
-    Ranks(*args, "--parallel=fsdp", before=refuse_to_draw_on_rank_1).finish()
+    Ranks(*args, f"--parallel={parallel}", "--style=True", before=refuse_to_draw_on_rank_1).finish()
 
 
 def refuse_to_draw_on_rank_1():
@@ -299,12 +302,15 @@ def test_mistakes_are_said_once_by_torchrun(dataset, tmp_path):
 
 
 def test_what_the_gpus_here_cannot_do_is_said_before_anything_starts(monkeypatch):
+    switched = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **how: torch.device("cuda"))
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", switched.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: False)
     assert common.pick_device() == (torch.device("cuda"), torch.float32)
+    assert switched == ["high", False] and os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     with pytest.raises(UserError, match="'bfloat16': this GPU would only emulate it; take --dtype=float16"):
         common.pick_device(dtype="bfloat16")
     monkeypatch.setenv("WORLD_SIZE", "8"), monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")

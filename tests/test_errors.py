@@ -117,11 +117,32 @@ def test_nothing_to_compile_with(command, dataset, tmp_path, monkeypatch):
     refused(command(train, *args), "compile: needs g++ or clang++", "--compile=never")
 
 
+def test_without_a_compiler_a_gpu_goes_on_uncompiled(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not common.has_compiler(torch.device("cuda")), "without triton"
+    monkeypatch.undo()
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not common.has_compiler(torch.device("cuda")) and not common.has_compiler(torch.device("cpu"))
+
+
 def test_more_memory_than_there_is(dataset, tmp_path):
     """The real allocator of a CPU; a GPU's error, torch.OutOfMemoryError, takes the same way."""
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", f"--dim={2**22}"]
     output = finish(start("train.py", *args), status=2)
-    refused((2, output), "out of memory (tried to allocate ", " bytes); lower --micro_batch", "tools.estimate with")
+    refused((2, output), "out of memory (tried to allocate ", "GiB by estimate, weights ", "; lower --micro_batch")
+
+
+def test_a_gpu_says_in_several_ways_that_its_memory_is_out(monkeypatch, capsys):
+    for said in ("CUDA error: out of memory\nmore", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"):
+
+        def main(said=said):
+            raise RuntimeError(said)
+
+        with pytest.raises(SystemExit):
+            common.run(main)
+        assert f"error: out of memory ({said.splitlines()[0]}); ask for less" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="another"):
+        common.run(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 def test_weights_for_another_number_of_codebooks(command, dataset, tmp_path):

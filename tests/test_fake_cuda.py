@@ -21,6 +21,10 @@ def found():
     return json.loads(ended.stdout)
 
 
+def test_the_trace_finds_one_mistake_of_each_kind(found):
+    assert set(found["mistakes"].values()) == {1} and len(found["mistakes"]) == 9, found["mistakes"]
+
+
 @pytest.mark.parametrize("work", TRAINING)
 def test_the_host_waits_once_in_a_step(found, work):
     assert sum(found[work]["waits"].values()) == 1, found[work]["waits"]

@@ -3,11 +3,11 @@
 import gc
 import importlib
 import platform
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_compiler
 from models import CODEC, EXCERPTS, ORGAN, PIANO, TOKENIZER, make_model
 
 import generate as generation
@@ -17,7 +17,6 @@ from generate import choose_codes, condition_groups, generate, guide, optimize, 
 from linear import PackedLinear, SummedLinear
 from model import MusicLM, attention, pattern_on
 
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 can_be_packed = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="needs an x86")
 
 

@@ -368,9 +368,13 @@ def test_a_gpu_that_has_bfloat16_generates_in_it(toy_run, monkeypatch):
 def test_the_caches_of_clips_generated_together_stay_within_their_room():
     with torch.device("meta"):
         codec, tokenizer = dict(K=4, card=2048, frame_rate=50, dim=8), train_tokenizer([], 300)
-        small = MusicLM(config.load(["config/small.py"], ""), codec, tokenizer)
-    steps, with_null = 1500 + 4, 2
-    assert metrics.clips_at_once(small) == 2**31 // (with_null * 2 * 24 * steps * 1024 * 4) == 3
+        small = MusicLM(config.load(["config/small.py", "--dim=256"], ""), codec, tokenizer)
+    assert metrics.cache_steps(1500 + 4) == 1536
+    clips, with_null = metrics.clips_at_once(small), 2
+    assert clips == 2**31 // (with_null * 2 * 24 * 1536 * 256 * 4) == 14
+    assert clips * with_null * 2 * 24 * 1504 * 256 * 4 < 2**31
+    small.heads.bfloat16()
+    assert metrics.clips_at_once(small) == 2**31 // (with_null * 2 * 24 * 1536 * 256 * 2) == 28
 
 
 def test_the_command_line(toy_run, tmp_path, command):

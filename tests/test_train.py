@@ -119,6 +119,16 @@ def test_the_average_of_the_weights_is_unbiased(dataset, tmp_path, command):
         torch.testing.assert_close(average, mean, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("more", ["--epoch=3", "--epoch=100 --steps=2"])
+def test_the_average_has_learned_before_it_is_used(more, dataset, tmp_path, command):
+    """Its first update takes the weights as they are."""
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--keep_every=1", "--samples=0", "--ema_every=10"]
+    assert command(train, *args, *more.split())[0] == 0
+    first = load(min(tmp_path.glob("step_*.pt")))
+    assert first["ema_updates"] == 1
+    assert all(torch.equal(weight, first["ema"][name]) for name, weight in first["model"].items())
+
+
 def test_any_kept_checkpoint_plays_by_its_averaged_weights(dataset, tmp_path, command):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--keep_every=1", "--samples=0"]
     assert command(train, *args)[0] == 0
@@ -575,3 +585,30 @@ def test_gpu_run(dataset, tmp_path, dtype):
     finish(start("train.py", *TOY, f"--data={dataset}", f"--out={tmp_path}", "--device=cuda", f"--dtype={dtype}"))
     log = lines(tmp_path / "metrics.jsonl")
     assert log[-1]["ce"] < log[0]["ce"]
+
+
+def run_on_gpu(out, *words, launch=()):
+    """-> ce by step, of a toy run with all conditions and captions of many lengths."""
+    more = ["--device=cuda", "--melody=True", "--style=True", "--word_dropout=0.5", "--cfg_dropout=0.5", "--steps=12"]
+    finish(start(*launch, "train.py", *TOY, *more, "--epoch=6", "--samples=0", f"--out={out}", *words))
+    return [line["ce"] for line in lines(out / "metrics.jsonl")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_compiled_it_takes_captions_of_any_length_and_resumes(dataset, tmp_path):
+    eager = run_on_gpu(tmp_path / "eager", f"--data={dataset}", "--compile=never", "--keep_every=1")
+    assert run_on_gpu(tmp_path / "compiled", f"--data={dataset}", "--compile=always") == pytest.approx(eager, rel=0.02)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "eager" / "step_000006.pt").rename(tmp_path / "parts" / "last.pt")
+    assert run_on_gpu(tmp_path / "parts", f"--data={dataset}", "--compile=never") == pytest.approx(eager[6:], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("more", ["--parallel=ddp", "--parallel=fsdp", "--parallel=fsdp --compile=always"])
+def test_gpu_two_are_one(more, dataset, tmp_path):
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    one = run_on_gpu(tmp_path / "one", f"--data={dataset}", "--compile=never")
+    two = run_on_gpu(tmp_path / "two", f"--data={dataset}", "--compile=never", *more.split(), launch=launch)
+    assert two == pytest.approx(one, rel=0.02)

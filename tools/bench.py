@@ -3,7 +3,7 @@
     python -m tools.bench                                 # tiny, on the device that there is
     python -m tools.bench --size small --train_batch 1 --generate_batch 1,4 --generate_frames 50
     python -m tools.bench --compile --peers               # compiled too, and the peers that are installed
-    python -m tools.bench --gpu                           # all that one wants to know of a GPU, in ten minutes
+    python -m tools.bench --gpu                           # all that one wants to know of a GPU
 
 What is in one table is timed in turn, once each, `--repeats` times over: whatever else the machine does falls on all
 alike. Given are medians, and the slowest and quickest of the repeats. The ceilings are the arithmetic of a large
@@ -58,7 +58,7 @@ K, FRAME_RATE, CFG, TOP_K = 4, 50, 3.0, 250
 CONDITIONS = {"text": "a slow piano melody in a minor key, with drums"}
 ON_GPU = (  # each in a process of its own, so that the memory is its own
     "--work train --size small --train_batch 8 --train_frames 1500 --compile --peers",
-    "--work train --size medium --train_batch 4 --train_frames 1500 --compile",
+    "--work train --size medium --train_batch 2 --train_frames 1500 --compile",
     "--work run --size small --train_batch 16 --train_frames 1500",
     "--work run --size medium --train_batch 4 --train_frames 1500",
     "--work generate --size small --generate_batch 1,64 --generate_frames 250 --compile",
@@ -208,25 +208,29 @@ def our_training(args, B, device, dtype, compiled):
     return model, step
 
 
-def write_random_data(folder, frames, tracks=50):
-    """A data set of random tokens of `tiny`."""
-    codec, splits = load_codec("tiny").describe(), {}
-    tokens = np.random.default_rng(0).integers(codec["card"], size=(tracks * frames, codec["K"])).astype(np.uint16)
-    arrays = [(piece, np.zeros(frames, np.uint8)) for piece in tokens.reshape(tracks, frames, -1)]
+def write_empty_data(folder, frames, tracks=50):
+    """A data set of `tiny` with captions of 13 to 104 words, no two alike; its tokens are holes in files, read as 0."""
+    codec, per_shard = load_codec("tiny").describe(), max(1, prepare.SHARD_FRAMES // frames)
+    lines = [dict(name=f"track {i}", path="", caption=", ".join([CONDITIONS["text"]] * (1 + i % 8) + [str(i)]),
+                  metadata={}, frames=frames) for i in range(tracks)]  # fmt: skip
     for split in ("train", "valid"):
-        lines = [dict(name=f"{split}{i}", path="", caption=CONDITIONS["text"], metadata={}, frames=frames)
-                 for i in range(tracks)]  # fmt: skip
-        counts = prepare.write_split(folder, split, lines, arrays, codec)
-        splits[split] = dict(tracks=tracks, frames=len(tokens))
-    np.save(folder / "counts.npy", [counts, counts])
-    (folder / "tokenizer.model").write_bytes(prepare.train_tokenizer(lines, 1000))
-    common.write_json(folder / "meta.json", dict(format=data.DATA_FORMAT, codec=codec, **splits))
+        for shard, first in enumerate(range(0, tracks, per_shard)):
+            path, here = folder / f"{split}_{shard:03d}", lines[first : first + per_shard]
+            np.lib.format.open_memmap(f"{path}.npy", "w+", "<u2", (len(here) * frames, codec["K"]))
+            np.lib.format.open_memmap(f"{path}_melody.npy", "w+", "|u1", (len(here) * frames,))
+            Path(f"{path}.jsonl").write_text(
+                "".join(json.dumps({**line, "first": i * frames}) + "\n" for i, line in enumerate(here))
+            )
+    np.save(folder / "counts.npy", np.ones((2, codec["K"], codec["card"]), np.int64))
+    (folder / "tokenizer.model").write_bytes(prepare.train_tokenizer(lines[:1000], 1000))
+    size = dict(tracks=tracks, frames=tracks * frames)
+    common.write_json(folder / "meta.json", dict(format=data.DATA_FORMAT, codec=codec, train=size, valid=size))
 
 
 def drawing(args, B):
     """Seconds to draw a batch from the memory map, which a worker does ahead where there is a GPU."""
     with tempfile.TemporaryDirectory() as folder:
-        write_random_data(Path(folder), 30 * FRAME_RATE)
+        write_empty_data(Path(folder), 30 * FRAME_RATE)
         prepare_text = make_model(args, args.train_frames, "meta")[0].conditioner.prepare
         tokens = data.Tokens(folder, "train")
         steps = data.TrainingSteps(tokens, prepare_text, args.train_frames, Settings(batch_size=B))
@@ -239,7 +243,7 @@ def bench_run(args, device):
     B, steps = args.train_batch[0], 20 * args.repeats
     print(f"\nrun of train.py {args.size}: {ranks} x {B} items of {args.train_frames} frames, compiled")
     with tempfile.TemporaryDirectory() as folder:
-        write_random_data(Path(folder), args.train_frames)
+        write_empty_data(Path(folder), args.train_frames)
         for parallel in ("ddp", "fsdp")[: 1 + (ranks > 1)]:
             out = Path(folder, parallel)
             words = [f"--data={folder}", f"--out={out}", "--codec=tiny", f"--segment={args.train_frames / FRAME_RATE}",
@@ -334,24 +338,29 @@ def encode_alone(share):
 
 
 def bench_scale(args):
-    """What grows with the data set and the model: opening `--tracks` tracks, drawing an item; a checkpoint."""
+    """What grows with the data set and the model: opening `--tracks` tracks of 3 minutes, drawing an item of 30 s from
+    them; writing and reading a checkpoint.
+    """
     print(f"\nscale: {args.tracks:,} tracks, a model of size {args.size}")
     with tempfile.TemporaryDirectory() as folder:
-        write_random_data(Path(folder), 100, args.tracks)
+        write_empty_data(Path(folder), 180 * FRAME_RATE, args.tracks)
         before, start = resident(), time.perf_counter()
         tokens = data.Tokens(folder, "train")
         print(f"  opened in {time.perf_counter() - start:.1f} s and {(resident() - before) / 2**20:,.0f} MiB")
-        steps, start = data.TrainingSteps(tokens, lambda texts: {}, 100, Settings(batch_size=192)), time.perf_counter()
-        for step in range(10):
-            steps[step]
-        print(f"  an item drawn in {(time.perf_counter() - start) / 1.92:.2f} ms")
-        model, path = make_model(args, 250, "cpu")[0], Path(folder, "last.pt")
-        weights, start = model.state_dict(), time.perf_counter()
-        moments = {name: dict(exp_avg=weight, exp_avg_sq=weight.clone()) for name, weight in weights.items()}
-        common.save_checkpoint(path, "last", model=weights, ema=deepcopy(weights), optimizer=deepcopy(moments))
+        (model, s), path, T = make_model(args, 250, "cpu"), Path(folder, "last.pt"), 30 * FRAME_RATE
+        steps = data.TrainingSteps(tokens, model.conditioner.prepare, T, Settings(batch_size=192))
+        numbers = itertools.count()
+        drawn = median_of(lambda: steps[next(numbers)], torch.device("cpu"), 10)
+        print(f"  an item drawn in {1000 * drawn / 192:.2f} ms")
+        optimizer = train.make_optimizer(model, s)
+        moments = {name: dict(step=torch.ones(()), exp_avg=torch.ones_like(p), exp_avg_sq=torch.ones_like(p))
+                   for name, p in model.named_parameters()}  # fmt: skip
+        ema, start = deepcopy(model.state_dict()), time.perf_counter()
+        common.save_checkpoint(path, "last", model=model.state_dict(), ema=ema, optimizer=moments)
         size, wrote, start = path.stat().st_size / 1e9, time.perf_counter() - start, time.perf_counter()
-        common.set_state(model, common.load_checkpoint(path)["model"])
-        print(f"  a checkpoint of {size:.2f} GB written in {wrote:.1f} s, its weights read in"
+        saved = common.load_checkpoint(path)
+        common.set_state(model, saved["model"], optimizer, saved["optimizer"])
+        print(f"  a checkpoint of {size:.2f} GB written in {wrote:.1f} s, its weights and moments read in"
               f" {time.perf_counter() - start:.1f} s")  # fmt: skip
 
 

@@ -90,6 +90,16 @@ def estimate(s, processes=1, mfu=0.4):
     return memory, lines
 
 
+def in_one_line(words):
+    """For a run of train.py with these arguments that has run out of memory: what it takes, and what lowers that."""
+    ranks = common.world_size()
+    s = config.load(words, __doc__, ranks)
+    parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in estimate(s, ranks)[0].items() if size)
+    fewer = "--parallel=fsdp, " * (ranks > 1 and s.parallel == "ddp")
+    return (f"training takes, in GiB by estimate, {parts}; lower --micro_batch, or set {fewer}"
+            "--activation_checkpointing=True; in samples lower --clip_seconds")  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--processes", type=int, default=1)
