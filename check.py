@@ -95,7 +95,7 @@ def print_sound(splits):
     if not tracks:
         return  # of a data set as it was prepared before levels were
     melodies = [notes for tokens in splits.values() for notes in tokens.melodies]
-    silent = sum(int((notes == SILENCE).sum()) for notes in melodies) / sum(map(len, melodies))
+    silent = sum(int((notes[:] == SILENCE).sum()) for notes in melodies) / sum(map(len, melodies))
     low, middle, high = np.percentile([track["level"] for track in tracks], (5, 50, 95))
     print(f"sound: level {middle:.0f} dB (5 % below {low:.0f}, 5 % above {high:.0f}); {100 * silent:.1f} % silence")
     if silent > 0.1:

@@ -3,7 +3,7 @@
 data/NAME/, as prepare.py writes it:
 
     meta.json                codec, counts, and what it was prepared from
-    train_000.npy            uint16 [frames, K], read by memory map; a further shard every SHARD_FRAMES
+    train_000.npy            uint16 [frames, K], of which what is drawn is read; a further shard every SHARD_FRAMES
     train_000_melody.npy     uint8 [frames], the strongest pitch class at each frame, 12 being silence
     train_000.jsonl          per track: path, first frame in the shard, frames, caption (several: captions), metadata
     valid_000.*              the held-out tracks
@@ -14,6 +14,8 @@ Letters: B batch, K codebooks, T frames.
 """
 
 import json
+import math
+import os
 import re
 import signal
 import unicodedata
@@ -130,6 +132,33 @@ def read_array(path, **how):
         raise UserError(f"{path}: cannot be read ({first_line(error)}); prepare the data again") from None
 
 
+class Rows:
+    """The array of a .npy file, of which rows[a:b] is read when it is asked for, and no more.
+
+    A memory map reads by pages, and many of them ahead: of a cold disk 1.2 ms an item for 0.1 (NOTES.md). The file is
+    held, so that a data set that is replaced meanwhile stays what it was.
+    """
+
+    def __init__(self, path):
+        array = read_array(path, mmap_mode="r")
+        self.shape, self.dtype, self.offset = array.shape, array.dtype, array.offset
+        self.file = open(path, "rb", buffering=0)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        first, end, _ = rows.indices(len(self))
+        size = self.dtype.itemsize * math.prod(self.shape[1:])
+        at, wanted = self.offset + first * size, (end - first) * size
+        if hasattr(os, "pread"):  # leaves the file's position alone, which a worker shares
+            content = os.pread(self.file.fileno(), wanted, at)
+        else:
+            self.file.seek(at)
+            content = self.file.read(wanted)
+        return np.frombuffer(content, self.dtype).reshape(-1, *self.shape[1:])
+
+
 def load_codec(folder, name, weights=""):
     """The codec called `name`, which must be the one that the data set was prepared with."""
     found, needed = codec.load_codec(name, weights), read_meta(folder)["codec"]["id"]
@@ -147,8 +176,7 @@ class Tokens:
         self.frame_rate = self.meta["codec"]["frame_rate"]
         self.tracks, self.shards, self.melodies = [], [], []
         for number, path in enumerate(sorted(self.folder.glob(f"{split}_*.jsonl"))):
-            shard = read_array(path.with_suffix(".npy"), mmap_mode="r")
-            melody = read_array(path.with_name(f"{path.stem}_melody.npy"), mmap_mode="r")
+            shard, melody = Rows(path.with_suffix(".npy")), Rows(path.with_name(f"{path.stem}_melody.npy"))
             if (shard.dtype, shard.shape[1:], melody.dtype, melody.shape) != ("u2", (self.K,), "u1", shard.shape[:1]):
                 raise UserError(f"{path}: its arrays do not agree with meta.json; prepare the data again")
             self.shards.append(shard)
@@ -185,7 +213,8 @@ class Tokens:
         """The pitch classes of T frames, 8 a second: uint8 [M], silence past the track's end."""
         rows = np.arange(round(T * CHROMA_RATE / self.frame_rate))
         at = start + ((rows + 0.5) * self.frame_rate / CHROMA_RATE).astype(int)
-        notes = self.melodies[track["shard"]][track["first"] + at.clip(max=track["frames"] - 1)]
+        first, end = track["first"] + start, track["first"] + min(start + T, track["frames"])
+        notes = self.melodies[track["shard"]][first:end][(at - start).clip(max=end - first - 1)]
         return np.where(at < track["frames"], notes, SILENCE)
 
     def collate(self, items, T):

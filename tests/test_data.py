@@ -12,7 +12,7 @@ from codec import load_audio
 from common import UserError
 from conditioning import chromagram, strongest
 from config import Settings
-from data import Tokens, TrainingSteps, ignore_signals, loader, unigram_ce, valid_batches
+from data import Rows, Tokens, TrainingSteps, ignore_signals, loader, unigram_ce, valid_batches
 
 
 def settings(**overrides):
@@ -172,3 +172,16 @@ def test_a_worker_that_draws_batches_outlives_the_signals_that_end_a_run():
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(batches._workers[0].pid, number)
     assert found + list(batches) == list(range(40))
+
+
+@pytest.mark.parametrize("shape", [(1000, 4), (1000,)])
+@pytest.mark.parametrize("without", ["nothing", "pread"])
+def test_rows_are_those_of_the_array_as_it_was_when_it_was_opened(shape, without, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, without, raising=False)
+    array = np.random.default_rng(0).integers(1000, size=shape).astype(np.uint16)
+    np.save(tmp_path / "a.npy", array)
+    rows = Rows(tmp_path / "a.npy")
+    np.save(tmp_path / "b.npy", array + 1)
+    (tmp_path / "b.npy").replace(tmp_path / "a.npy")
+    for part in (slice(10, 20), slice(None), slice(990, 2000), slice(7, 8)):
+        assert np.array_equal(rows[part], array[part]) and rows[part].dtype == array.dtype

@@ -228,7 +228,7 @@ def write_empty_data(folder, frames, tracks=50):
 
 
 def drawing(args, B):
-    """Seconds to draw a batch from the memory map, which a worker does ahead where there is a GPU."""
+    """Seconds to draw a batch from files, which a worker does ahead where there is a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         write_empty_data(Path(folder), 30 * FRAME_RATE)
         prepare_text = make_model(args, args.train_frames, "meta")[0].conditioner.prepare
