@@ -136,13 +136,18 @@ class Rows:
     """The array of a .npy file, of which rows[a:b] is read when it is asked for, and no more.
 
     A memory map reads by pages, and many of them ahead: of a cold disk 1.2 ms an item for 0.1 (NOTES.md). The file is
-    held, so that a data set that is replaced meanwhile stays what it was.
+    held, so that a data set that is replaced meanwhile stays what it was. Raises UserError if it is cut short.
     """
 
     def __init__(self, path):
-        array = read_array(path, mmap_mode="r")
+        self.path, array = path, read_array(path, mmap_mode="r")
+        if np.isfortran(array):
+            raise UserError(f"{path}: its rows do not lie one after another; prepare the data again")
         self.shape, self.dtype, self.offset = array.shape, array.dtype, array.offset
         self.file = open(path, "rb", buffering=0)
+
+    def __reduce__(self):  # for a worker that is no fork
+        return Rows, (self.path,)
 
     def __len__(self):
         return self.shape[0]
@@ -156,6 +161,8 @@ class Rows:
         else:
             self.file.seek(at)
             content = self.file.read(wanted)
+        if len(content) < wanted:
+            raise UserError(f"{self.path}: is shorter than when it was opened; prepare the data again")
         return np.frombuffer(content, self.dtype).reshape(-1, *self.shape[1:])
 
 

@@ -176,9 +176,10 @@ def adherence(attributes, known, x, asked, clips):
 
 
 def load(checkpoint, device):
-    """A checkpoint's model, to generate many clips at once: in bfloat16 on a GPU that has it, else in float32."""
-    model, _, _ = load_model(checkpoint, device)
-    return optimize(model, torch.bfloat16) if device.type == "cuda" and common.has_fast_bfloat16("cuda") else model
+    """A checkpoint's model, to generate many clips at once: in float32, but on a GPU in bfloat16 if that trained it."""
+    model, s, _ = load_model(checkpoint, device)
+    takes_bfloat16 = device.type == "cuda" and s.dtype == "bfloat16" and common.has_fast_bfloat16("cuda")
+    return optimize(model, torch.bfloat16) if takes_bfloat16 else model
 
 
 def clips_at_once(model):

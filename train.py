@@ -43,7 +43,7 @@ SAME_MODEL = (  # settings that must not change when a run resumes, or starts wi
     "codec dim heads layers positions pattern delays text_dim text_heads text_layers text_max_tokens melody style"
     " style_dim style_heads style_layers style_codebooks style_bins style_seconds"
 ).split()
-SAME_RUN = "lora_rank lora_targets".split()  # nor these, when it resumes
+SAME_RUN = "lora_rank lora_targets freeze".split()  # nor these, when it resumes
 
 
 def learning_rate(step, s):
@@ -112,6 +112,17 @@ def refuse_another_model(saved, s, codec, path, same=SAME_MODEL):
         instead = "--init_from" if same is SAME_MODEL else "--out"
         raise UserError(f"{path}: another model ({', '.join(other)}); give it the same settings, or another {instead}")
     return changes
+
+
+def compiles(s, device):
+    """Whether blocks are compiled; 'auto' takes it where it pays, in long runs on a GPU, if it can be done there."""
+    if s.compile != "auto":
+        return s.compile == "always"
+    if device.type != "cuda" or s.steps < 1000:
+        return False
+    if not common.has_compiler(device):
+        print("compile: triton or gcc is missing, so the run goes on without, more slowly")
+    return common.has_compiler(device)
 
 
 def is_due(step, every, s):
@@ -205,11 +216,9 @@ def main():
             model.load_state_dict(averaged, strict=False)  # LoRA starts anew
     freeze(model, s.freeze)
     ema = deepcopy(model).eval().requires_grad_(False)
-    pays = s.compile == "auto" and device.type == "cuda" and s.steps >= 1000
-    if pays and not common.has_compiler(device):
-        print("compile: triton or gcc is missing, so the run goes on without, more slowly")
-    elif pays or s.compile == "always":
+    if compiles(s, device):
         common.compile_blocks(model, device)
+    common.barrier()  # rank 0 may have drawn for minutes, more than a step may take
     if is_sharded:
         common.shard(model, device, dtype, s.reshard_after_forward, broadcast=not saved)
         # the EMA has no backward pass, after which its weights would be spread again
@@ -343,7 +352,7 @@ def main():
             set_learning_rate(optimizer, learning_rate(step - 1, s))
             scaler.step(optimizer)
             model.conditioner.update()
-            if step % min(s.ema_every, s.epoch, s.steps) == 0:  # at least once before anything is done with it
+            if step % min(s.ema_every, s.epoch, s.steps) == 0:  # as often as it is used, or more
                 ema_updates += 1
                 update_ema(ema, model, s.ema_decay, ema_updates)
             recent.append(ce_q)

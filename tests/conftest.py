@@ -187,8 +187,6 @@ def dataset(corpus, tmp_path_factory):
 @pytest.fixture
 def own_dataset(dataset, tmp_path):
     """A copy that a test may spoil."""
-    import shutil
-
     return Path(shutil.copytree(dataset, tmp_path / "data"))
 
 

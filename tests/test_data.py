@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 
 import numpy as np
@@ -185,3 +186,22 @@ def test_rows_are_those_of_the_array_as_it_was_when_it_was_opened(shape, without
     (tmp_path / "b.npy").replace(tmp_path / "a.npy")
     for part in (slice(10, 20), slice(None), slice(990, 2000), slice(7, 8)):
         assert np.array_equal(rows[part], array[part]) and rows[part].dtype == array.dtype
+
+
+def test_a_shard_that_is_cut_short_is_not_trained_on(own_dataset):
+    tokens = Tokens(own_dataset, "train")
+    last = tokens.tracks[-1]
+    with open(own_dataset / "train_000.npy", "r+b") as file:
+        file.truncate((own_dataset / "train_000.npy").stat().st_size - 1)
+    assert len(tokens.codes(tokens.tracks[0])) == tokens.tracks[0]["frames"]
+    with pytest.raises(UserError, match="train_000.npy: is shorter than when it was opened"):
+        tokens.codes(last)
+
+
+def test_rows_go_to_a_worker_that_is_no_fork_and_lie_one_after_another(tmp_path):
+    array = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    np.save(tmp_path / "a.npy", array)
+    assert np.array_equal(pickle.loads(pickle.dumps(Rows(tmp_path / "a.npy")))[1:], array[1:])
+    np.save(tmp_path / "a.npy", np.asfortranarray(array))
+    with pytest.raises(UserError, match="do not lie one after another"):
+        Rows(tmp_path / "a.npy")

@@ -12,6 +12,7 @@ import torch
 from conftest import TOY, Ranks, finish, load, start
 
 import common
+import config
 import log
 import prepare
 import sample
@@ -20,6 +21,7 @@ from codec import write_audio
 from common import UserError
 from demo import corpus as demo_corpus
 from demo.tiny import WEIGHTS
+from tools.estimate import in_one_line
 
 TONE = 0.3 * np.sin(np.arange(32_000) / 10)
 
@@ -111,13 +113,29 @@ def test_two_runs_that_make_one_corpus(tmp_path, command):
         refused(command(demo_corpus, tmp_path, "--clips", 1, "--workers", 1), "another run is under way there; wait")
 
 
+def test_what_is_frozen_stays_so_when_a_run_resumes(command, dataset, tmp_path):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--samples=0"]
+    assert command(train, *args, "--freeze=blocks.0.*", "--steps=3")[0] == 0
+    refused(command(train, *args), "freeze was ('blocks.0.*',), is ()", "the same settings, or another --out")
+
+
 def test_nothing_to_compile_with(command, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--compile=always"]
     refused(command(train, *args), "compile: needs g++ or clang++", "--compile=never")
 
 
-def test_without_a_compiler_a_gpu_goes_on_uncompiled(monkeypatch):
+def test_without_a_compiler_a_gpu_goes_on_uncompiled(monkeypatch, capsys):
+    gpu, run = torch.device("cuda"), config.Settings(steps=1000)
+    monkeypatch.setattr(common, "has_compiler", lambda device: True)
+    assert train.compiles(run, gpu) and not train.compiles(run, torch.device("cpu"))
+    assert train.compiles(config.Settings(compile="always", steps=2), torch.device("cpu"))
+    assert not train.compiles(config.Settings(compile="never", steps=1000), gpu) and not capsys.readouterr().out
+    monkeypatch.setattr(common, "has_compiler", lambda device: False)
+    assert not train.compiles(run, gpu) and "triton or gcc is missing" in capsys.readouterr().out
+
+
+def test_what_a_compiler_is(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not common.has_compiler(torch.device("cuda")), "without triton"
     monkeypatch.undo()
@@ -129,7 +147,24 @@ def test_more_memory_than_there_is(dataset, tmp_path):
     """The real allocator of a CPU; a GPU's error, torch.OutOfMemoryError, takes the same way."""
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", f"--dim={2**22}"]
     output = finish(start("train.py", *args), status=2)
-    refused((2, output), "out of memory (tried to allocate ", "GiB by estimate, weights ", "; lower --micro_batch")
+    refused(
+        (2, output),
+        "out of memory (tried to allocate ",
+        "GiB by estimate, weights ",
+        "; take a smaller --micro_batch or ",
+    )
+
+
+@pytest.mark.parametrize("more, ways", [
+    ("", "a smaller --micro_batch or --activation_checkpointing=True or --parallel=fsdp or a smaller model"),
+    ("--micro_batch=1 --activation_checkpointing=True --parallel=fsdp", "a smaller model"),
+])  # fmt: skip
+def test_what_lowers_memory_is_what_is_not_taken_yet(more, ways, dataset, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = [*TOY, f"--data={dataset}", *more.split()]
+    assert f"; take {ways}; in samples" in in_one_line(words)
+    monkeypatch.setattr("tools.estimate.estimate", lambda *_: [].pop())
+    assert in_one_line(words) == f"take {ways}; in samples lower --clip_seconds", "and where there is none left to tell"
 
 
 def test_a_gpu_says_in_several_ways_that_its_memory_is_out(monkeypatch, capsys):

@@ -10,6 +10,7 @@ Letters: B items that a device holds at once, K codebooks, S sequence steps, D m
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import torch
@@ -92,12 +93,20 @@ def estimate(s, processes=1, mfu=0.4):
 
 def in_one_line(words):
     """For a run of train.py with these arguments that has run out of memory: what it takes, and what lowers that."""
-    ranks = common.world_size()
+    ranks, parts = common.world_size(), ""
     s = config.load(words, __doc__, ranks)
-    parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in estimate(s, ranks)[0].items() if size)
-    fewer = "--parallel=fsdp, " * (ranks > 1 and s.parallel == "ddp")
-    return (f"training takes, in GiB by estimate, {parts}; lower --micro_batch, or set {fewer}"
-            "--activation_checkpointing=True; in samples lower --clip_seconds")  # fmt: skip
+    with contextlib.suppress(Exception):  # there may be no memory for this either
+        s.dtype = str(common.pick_device(s.device, s.dtype)[1]).removeprefix("torch.")
+        sizes = {part: size / 2**30 for part, size in estimate(s, ranks)[0].items()}
+        parts = ", ".join(f"{part} {size:.2f}" for part, size in sizes.items() if size >= 0.01)
+        parts = f"training takes, in GiB by estimate, {parts}; "
+    ways = {
+        "a smaller --micro_batch": (s.micro_batch or s.batch_size // ranks) > 1,
+        "--activation_checkpointing=True": not s.activation_checkpointing,
+        "--parallel=fsdp": ranks > 1 and s.parallel == "ddp",
+        "a smaller model": True,
+    }
+    return f"{parts}take {' or '.join(way for way, helps in ways.items() if helps)}; in samples lower --clip_seconds"
 
 
 def main():
