@@ -391,6 +391,10 @@ def set_state(model, weights, optimizer=None, state=None):
         options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         dcp.set_model_state_dict(model, dict(weights), options=options)  # it changes what it is given
         if optimizer:
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # `freeze` may have changed
+            state = {name: state.get(name) or dict(step=torch.zeros(()), exp_avg=torch.zeros(p.shape),
+                                                   exp_avg_sq=torch.zeros(p.shape))
+                     for name, p in trained.items()}  # fmt: skip
             groups = dcp.get_optimizer_state_dict(model, optimizer)["param_groups"]
             dcp.set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
         return

@@ -43,7 +43,7 @@ SAME_MODEL = (  # settings that must not change when a run resumes, or starts wi
     "codec dim heads layers positions pattern delays text_dim text_heads text_layers text_max_tokens melody style"
     " style_dim style_heads style_layers style_codebooks style_bins style_seconds"
 ).split()
-SAME_RUN = "lora_rank lora_targets freeze".split()  # nor these, when it resumes
+SAME_RUN = "lora_rank lora_targets".split()  # nor these, when it resumes
 
 
 def learning_rate(step, s):

@@ -179,6 +179,16 @@ def test_fsdp_continues_after_an_epoch_without_improvement(dataset, tmp_path):
     assert one == pytest.approx(two[0], rel=1e-4) and one == pytest.approx(two[1], rel=1e-4) and min(one) < one[-1]
 
 
+def test_what_is_frozen_may_change_on_resuming(dataset, tmp_path):
+    args, found = [*TOY, f"--data={dataset}", "--samples=0", "--parallel=fsdp"], []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        for more in (["--freeze=blocks.0.*"], ["--steps=9"], ["--steps=12", "--freeze=blocks.1.*,heads*"]):
+            Ranks(*args, f"--out={out}", *more, ranks=ranks).finish()
+        found.append([line["ce"] for line in lines(out / "metrics.jsonl")])
+    assert len(found[0]) == 12 and found[0] == pytest.approx(found[1], abs=1e-4)
+
+
 # Stopping, dying and resuming
 
 

@@ -113,12 +113,6 @@ def test_two_runs_that_make_one_corpus(tmp_path, command):
         refused(command(demo_corpus, tmp_path, "--clips", 1, "--workers", 1), "another run is under way there; wait")
 
 
-def test_what_is_frozen_stays_so_when_a_run_resumes(command, dataset, tmp_path):
-    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--samples=0"]
-    assert command(train, *args, "--freeze=blocks.0.*", "--steps=3")[0] == 0
-    refused(command(train, *args), "freeze was ('blocks.0.*',), is ()", "the same settings, or another --out")
-
-
 def test_nothing_to_compile_with(command, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--compile=always"]
