@@ -46,7 +46,7 @@ def first_line(error):
 def run(main, when_memory_is_out=lambda: "ask for less at once"):
     """Calls a program's main. Bad input ends it with one line and status 2, ctrl-C with status 130.
 
-    when_memory_is_out: gives the end of that line, what was asked for and what to do.
+    when_memory_is_out: gives the end of that line for want of memory: what takes how much, and what to do.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters, and file names be no UTF-8
@@ -161,7 +161,7 @@ def pick_device(name="auto", dtype="auto"):
 
 
 def how(device, dtype):
-    """In words, how is computed there."""
+    """How a program computes, in words: 'cpu (2 threads) in bfloat16'."""
     n = torch.get_num_threads()
     threads = f" ({n} thread{'s' * (n > 1)})" if device.type == "cpu" else ""
     return f"{device.type}{threads} in {str(dtype).removeprefix('torch.')}"
