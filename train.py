@@ -120,9 +120,9 @@ def compiles(s, device):
         return s.compile == "always"
     if device.type != "cuda" or s.steps < 1000:
         return False
-    if not common.has_compiler(device):
+    if not (can := common.has_compiler(device)):
         print("compile: triton or gcc is missing, so the run goes on without, more slowly")
-    return common.has_compiler(device)
+    return can
 
 
 def is_due(step, every, s):
@@ -215,24 +215,19 @@ def main():
         if has_weights:
             model.load_state_dict(averaged, strict=False)  # LoRA starts anew
     freeze(model, s.freeze)
-    ema = deepcopy(model).eval().requires_grad_(False)
-    if compiles(s, device):
-        common.compile_blocks(model, device)
     common.barrier()  # rank 0 may have drawn for minutes, more than a step may take
     if is_sharded:
+        ema = deepcopy(model).eval().requires_grad_(False)
         common.shard(model, device, dtype, s.reshard_after_forward, broadcast=not saved)
         # the EMA has no backward pass, after which its weights would be spread again
         common.shard(ema, device, dtype, True, reshard_rest=True, broadcast=not saved)
         net = model
     else:
-        for part in (model, ema):
-            if has_weights:
-                part.to(device)
-            else:
-                part.to_empty(device=device)
-        net = common.replicate(model, device) if world_size > 1 else model
-        if not saved:
-            ema.load_state_dict(model.state_dict())  # which DDP has brought from rank 0
+        model = model.to(device) if has_weights else model.to_empty(device=device)
+        net = common.replicate(model, device) if world_size > 1 else model  # with rank 0's weights
+        ema = deepcopy(model).eval().requires_grad_(False)
+    if compiles(s, device):
+        common.compile_blocks(model, device)
     loss_weights = codebook_weights(s, model.K).to(device)
     optimizer = make_optimizer(model, s)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

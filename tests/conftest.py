@@ -34,8 +34,7 @@ from codec import load_codec  # noqa: E402
 from demo import corpus as demo_corpus  # noqa: E402
 from model import MusicLM  # noqa: E402
 
-has_compiler = shutil.which("g++") or shutil.which("clang++")
-needs_compiler = pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not common.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
 
 hypothesis.settings.register_profile("usual", max_examples=25, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("long", max_examples=1000, deadline=None, database=None)
