@@ -160,7 +160,7 @@ def pick_device(name="auto", dtype="auto"):
     return torch.device(name), getattr(torch, dtype)
 
 
-def how(device, dtype):
+def describe_device(device, dtype):
     """How a program computes, in words: 'cpu (2 threads) in bfloat16'."""
     n = torch.get_num_threads()
     threads = f" ({n} thread{'s' * (n > 1)})" if device.type == "cpu" else ""

@@ -314,8 +314,8 @@ def main():
     if args.stream:
         sys.stdout = sys.stderr  # stdout is for the music
     model, s, codec = load(args)
-    weight = model.heads.weight
-    print(f"on {common.how(weight.device, weight.dtype)} by {type(model.heads).__name__}")  # torch's or linear.py's
+    where = common.describe_device(model.heads.weight.device, model.heads.weight.dtype)
+    print(f"on {where} by {type(model.heads).__name__}")  # torch's or linear.py's
     options = generation_options(args, model, s, codec)
     others = other_conditions(args, model, s, codec)
     if args.stream:

@@ -253,7 +253,7 @@ def main():
     log = Log(s, step if saved else -1)
     best_ce = next((line["ce"] for line in reversed(log.history) if line["stage"] == "best"), math.inf)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{parameters:.1f}M parameters on {world_size} x {common.how(device, dtype)}")
+    print(f"{parameters:.1f}M parameters on {world_size} x {common.describe_device(device, dtype)}")
     minutes = train_data.meta["train"]["frames"] / codec.frame_rate / 60
     print(f"{s.data}: {len(train_data.tracks)} tracks, {minutes:.0f} minutes, {len(valid_data.tracks)} tracks held out")
     if (padding := train_data.padding(T)) > 0.01:

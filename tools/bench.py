@@ -431,7 +431,8 @@ def main():
     is_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if is_gpu else torch.cpu.get_capabilities().get("cpu_name", "a CPU")
     commit = common.git("describe", "--always", "--dirty").strip()
-    print(f"{name}: {common.how(device, dtype)}, torch {torch.__version__}, commit {commit or 'unknown'}; ceilings:"
+    where = common.describe_device(device, dtype)
+    print(f"{name}: {where}, torch {torch.__version__}, commit {commit or 'unknown'}; ceilings:"
           f" matrix product {product / 1e9:,.0f} GFLOP/s, copy {copy / 1e9:,.1f} GB/s read and written")  # fmt: skip
     if "learn" in args.work:
         autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
