@@ -1,94 +1,214 @@
-"""Conditions in, codes out: prefill, one step after another with a KV cache, guidance, windows past the trained length.
+"""Fast generation: prefill, decoding with a KV cache, guidance, choice of codes, windows, streaming.
 
-    model, settings, codec = load_model("out/demo/best.pt")
+    model, settings, codec_info = load_model("out/demo/best.pt")
     codes = generate(model, [{"text": "slow piano"}], frames=400)           # int64 [B, K, T]
-    for part in stream(model, [{"text": "slow piano"}], frames=400): ...    # the same, each frame once it is final
+    for part in stream(model, [{"text": "slow piano"}], frames=400): ...    # the same codes, frame by frame
 
-Letters: B streams, G groups of conditions for each, R = G B rows, K codebooks, T frames, S sequence steps, D model
-width, H heads, L condition length, P rows prepended, W steps of the cache in use.
+`generate` -> `stream` cuts long music into windows -> `generate_window` -> `prefill` once, then `decode_one_step` for
+each position of the pattern -> `guided_logits`, `choose_codes`. MusicLM.generate in model.py does the same simply.
+
+Letters: B samples, G groups of conditions that guidance compares, R = G B rows, K codebooks, T frames, S sequence
+positions, D model width, H attention heads, P prefix positions, W positions of the cache that are read.
 """
 
-import types
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 import common
+import config
 from common import UserError
 from conditioning import CHROMA_RATE, to_device
-from config import FIELDS, Settings
-from linear import PackedLinear, SummedLinear, can_pack
-from model import MusicLM, refuse_other_weights
+from extras import compiler
+from extras.cpu_linear import cache_dtype, keys_to_read, optimize_for_cpu
+from extras.cuda_graph import CUDAGraph
+from model import MusicLM, check_weights
 
-UNKNOWN = -1  # in the place of a code that is to be found
+UNKNOWN = -1  # marks codes that are to be generated
 
 
 def load_model(path, device="cpu"):
-    """A checkpoint -> (MusicLM with the averaged weights in eval mode, its Settings, the codec's description)."""
+    """Load a checkpoint for use: return (MusicLM with the EMA weights in eval mode, its Settings, its codec's info)."""
     saved = common.load_checkpoint(path)
-    settings = Settings(**{key: value for key, value in saved["settings"].items() if key in FIELDS})
-    with torch.device("meta"):  # to draw weights that are replaced takes half a minute for small
+    settings = config.from_checkpoint(saved["settings"], path)
+    with torch.device("meta"):  # initializing weights that are replaced anyway takes 30 s for small
         model = MusicLM(settings, saved["codec"], saved["tokenizer"])
-    refuse_other_weights(model, saved["ema"], path)
+    check_weights(model, saved["ema"], path)
     model.load_state_dict(saved["ema"], assign=True)
     model.conditioner.text.words = frozenset(saved.get("words", ()))
     return model.eval().requires_grad_(False).to(device), settings, saved["codec"]
 
 
-class KVCache:
-    """One block's keys and values, in buffers of a fixed size [R, H, steps, D / H]; the text's, computed once.
+class Options(NamedTuple):
+    """How the next codes are chosen; see `stream`."""
 
-    In bfloat16 on a CPU they are float32, for `model.attention`.
+    cfg: float
+    beta: torch.Tensor  # [B, 1, 1], 1 for samples without text or style
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+def generate(model, conditions, frames, prompt=None, progress=lambda frames: None, **options):
+    """Return all codes that `stream` yields, int64 [B, K, frames]. progress: called with the number of new frames."""
+    parts = []
+    for part in stream(model, conditions, frames, prompt, **options):
+        parts.append(part)
+        progress(part.shape[2])
+    return torch.cat(parts, dim=2)
+
+
+@torch.inference_mode()
+def stream(model, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temperature=1.0, top_k=250, top_p=0.0,
+           seeds=None, stride=None):  # fmt: skip
+    """Yield codes int64 [B, K, n] for B dicts of conditions: first the prompt, then frame by frame.
+
+    frames       number of frames, prompt included
+    prompt       codes to continue, unchanged: [1, K, T] for all samples, or B codes [K, T] of any lengths
+    cfg          see `guide`; 1 costs half as much
+    cfg_beta     see `guide`; 1 saves a third if text and style are given
+    temperature  0 takes the likeliest code; otherwise codes are drawn from the top_p mass, if set, or from the top_k
+    seeds        B integers; a sample depends on its own seed only
+    stride       frames that each window past the trained length adds; default: half of the trained length
     """
+    B, window, device = len(conditions), model.trained_frames, model.embed.weight.device
+    rngs = [torch.Generator().manual_seed(seed) for seed in (seeds or range(B))]
+    overlap = window - (stride or window // 2)
+    if not 0 < overlap < window:
+        raise UserError(f"stride {stride}: must be above 0 and below the {window} frames of training")
+    codes = torch.full((B, model.K, frames), UNKNOWN)
+    prompts = [codes[0, :, :0]] if prompt is None else list(prompt)
+    prompts = prompts * B if len(prompts) == 1 else prompts
+    for sample, known in zip(codes, prompts):
+        sample[:, : known.shape[1]] = known[:, :frames]
+    codes, done = codes.to(device), min(frames, *(known.shape[1] for known in prompts))
+    if done:
+        yield codes[:, :, :done]
+    groups, beta = condition_groups(conditions, cfg, cfg_beta)
+    options = Options(cfg, beta.to(device), temperature, min(top_k, model.card), top_p)
+    while done < frames:
+        first = 0 if done < window else done - overlap
+        last = min(first + window, frames)
+        rows = [cut_melody(sample, first / model.frame_rate) for group in groups for sample in group]
+        new_frames = generate_window(model, codes[:, :, first:last], done - first, rows, rngs, options)
+        for t, frame in enumerate(new_frames, done):
+            codes[:, :, t : t + 1] = frame
+            yield frame
+        done = last
 
-    def __init__(self, block, states, steps):
-        self.cross = block.split(block.cross_kv(states), 2).contiguous()
-        if states.device.type == "cpu" and self.cross.dtype == torch.bfloat16:
-            self.cross = self.cross.float()
+
+def cut_melody(sample, seconds):
+    """Return a sample's conditions for a window that starts at `seconds`."""
+    start = round(seconds * CHROMA_RATE)
+    return {name: value[start:] if name == "melody" else value for name, value in sample.items()}
+
+
+def generate_window(model, codes, start, conditions, rngs, options):
+    """codes [B, K, T], UNKNOWN where they are to be generated -> yield the frames from `start` on, [B, K, 1] each.
+
+    conditions: R dicts, the groups one after another. rngs: B torch Generators on the CPU.
+    """
+    pattern, device = model.pattern(codes.shape[2]), codes.device
+    positions = model.pattern(codes.shape[2], device="cpu").position  # a copy that is read without waiting for a GPU
+    completed_frame = {position: t for t, position in enumerate(positions.amax(0).tolist())}
+    first = int(positions[:, start].min())  # the first position with an UNKNOWN code
+    sequence = pattern.build(codes, model.special)
+    uniform = torch.stack([torch.rand(pattern.S, model.K, generator=rng) for rng in rngs], dim=1).to(device)
+    with precision(model):
+        # the last known token is left out, because it is the input of the first decoding step
+        cache = prefill(model, sequence[:, :, : first - 1], conditions, pattern.S)
+    decode = functools.partial(decode_one_step, model, cache, options)
+    for position in range(first, pattern.S):
+        last = position - 1
+        keys = keys_to_read(cache.prefix_length + position, cache.key_positions)
+        inputs = sequence[:, :, last], cache.key_positions[last:position], keys, uniform[position]
+        if position == first and device.type == "cuda":
+            decode = CUDAGraph(decode, *inputs)
+        new_codes = decode(*inputs)
+        is_unknown = sequence[:, :, position] == UNKNOWN
+        sequence[:, :, position] = torch.where(is_unknown, new_codes, sequence[:, :, position])
+        if (t := completed_frame.get(position, -1)) >= start:
+            yield sequence.gather(2, pattern.position[:, t : t + 1].expand(len(codes), -1, -1))
+
+
+class KVCache:
+    """Keys and values of one block, [R, H, length, D / H], and those of the text, computed once."""
+
+    def __init__(self, block, text_states, length):
+        cross = block.split_heads(block.cross_kv(text_states), 2).contiguous()
+        self.cross = cross.to(cache_dtype(cross))
         R, H, _, d = self.cross[0].shape
-        self.k, self.v = self.cross.new_zeros(R, H, steps, d), self.cross.new_zeros(R, H, steps, d)
+        self.k, self.v = self.cross.new_zeros(R, H, length, d), self.cross.new_zeros(R, H, length, d)
 
     def update(self, input_pos, k, v, W):
-        """Puts k and v [R, H, S, D / H] at the steps `input_pos` [S]; returns what the first W steps hold."""
+        """Store k and v [R, H, S, D / H] at the positions input_pos [S]; return the first W keys and values."""
         self.k.index_copy_(2, input_pos, k.to(self.k.dtype))
         self.v.index_copy_(2, input_pos, v.to(self.v.dtype))
         return self.k[:, :, :W], self.v[:, :, :W]
 
 
-def cache_steps(S):
-    """The size of buffers for S steps, prepended rows among them: rounded up, so that few shapes occur."""
+class Cache(NamedTuple):
+    """Everything that decoding reads besides the last tokens."""
+
+    blocks: list  # of KVCache
+    text_mask: torch.Tensor  # bool [R, 1, 1, L]
+    prefix_length: int  # P
+    key_positions: torch.Tensor  # 0, 1, ... up to the length of the caches
+
+
+def cache_length(S):
+    """Return the length of caches for S positions, prefix included: a multiple of 512, so that few shapes occur."""
     return -(-S // 512) * 512
 
 
-def prefill(model, sequence, prefix, states_mask, caches):
-    """Puts the prefix [R, P, D] and then the sequence [R, K, S] into the caches."""
-    x = torch.cat([prefix, model.embed_sequence(sequence)], dim=1)
-    x, rotation = model.add_positions(x, model.positions(sequence.shape[2]))
-    input_pos = torch.arange(x.shape[1], device=x.device)
-    causal_mask = input_pos <= input_pos[:, None]
-    for block, cache in zip(model.blocks, caches):
-        x = block(x, None, states_mask, rotation, cache, input_pos, causal_mask)
+def prefill(model, sequence, conditions, S):
+    """Make caches for S positions, and fill them with the conditions [R dicts] and the sequence [B, K, positions]."""
+    condition_tensors = to_device(model.conditioner.tokenize(conditions), sequence.device)
+    text_states, text_mask, prefix = model.conditioner(condition_tensors)
+    key_positions = torch.arange(cache_length(prefix.shape[1] + S), device=sequence.device)
+    blocks = [KVCache(block, text_states, len(key_positions)) for block in model.blocks]
+    cache = Cache(blocks, text_mask[:, None, None, :], prefix.shape[1], key_positions)
+    sequence = sequence.repeat(len(conditions) // len(sequence), 1, 1)
+    if filled := prefix.shape[1] + sequence.shape[2]:
+        x = torch.cat([prefix, model.embed_sequence(sequence)], dim=1)
+        x, rotation = model.add_positions(x, model.positions(sequence.shape[2]))
+        input_pos = key_positions[:filled]
+        causal_mask = input_pos <= input_pos[:, None]
+        for block, kv_cache in zip(model.blocks, cache.blocks):
+            x = block(x, None, cache.text_mask, rotation, kv_cache, input_pos, causal_mask)
+    return cache
 
 
-def decode_one_step(model, tokens, position, states_mask, caches, P, steps, cfg, beta):
-    """The tokens [B, K] at `position` [1] of the sequence -> guided logits of the next ones, [B, K, card].
+def decode_one_step(model, cache, options, tokens, position, key_positions, uniform):
+    """Choose the codes after `position` [1], which holds `tokens` [B, K]: int64 [B, K].
 
-    steps: arange(W), where W is as far as the caches are filled, or more.
+    key_positions [W]: the positions of the cache to read. uniform [B, K] in [0, 1): see `choose_codes`.
     """
-    groups = len(states_mask) // len(tokens)
+    with precision(model):
+        decode = model.compiled_logits or guided_logits
+        logits = decode(model, tokens, position, key_positions, cache, options.cfg, options.beta)
+    return choose_codes(logits, uniform, options.temperature, options.top_k, options.top_p)
+
+
+def guided_logits(model, tokens, position, key_positions, cache, cfg, beta):
+    """tokens [B, K] at `position` [1] -> guided logits of the next position, float32 [B, K, card]."""
+    groups = len(cache.text_mask) // len(tokens)
     x, rotation = model.add_positions(model.embed_sequence(tokens[:, :, None]), position)
     x = x.repeat(groups, 1, 1)
-    input_pos = position + P
-    causal_mask = (steps <= input_pos)[None]
-    for block, cache in zip(model.blocks, caches):
-        x = block(x, None, states_mask, rotation, cache, input_pos, causal_mask)
+    input_pos = position + cache.prefix_length
+    causal_mask = (key_positions <= input_pos)[None]
+    for block, kv_cache in zip(model.blocks, cache.blocks):
+        x = block(x, None, cache.text_mask, rotation, kv_cache, input_pos, causal_mask)
     logits = model.logits(model.norm(x))[:, 0].float()
     return guide(logits.unflatten(0, (groups, -1)), cfg, beta)
 
 
 def condition_groups(conditions, cfg, beta):
-    """B dicts -> the groups whose logits `guide` needs, each B dicts, and beta by sample, [B, 1, 1]: one group where
-    there is nothing to guide, two where beta is 1 or no sample has both text and style.
+    """B dicts -> (the groups that `guide` compares, a list of G lists of B dicts; beta per sample [B, 1, 1]).
+
+    G is 1 without guidance, 3 if beta differs from 1 and a sample has both text and style, and 2 otherwise.
     """
     conditions = [{k: v for k, v in sample.items() if v is not None and len(v)} for sample in conditions]
     betas = torch.tensor([beta if {"text", "style"} <= sample.keys() else 1.0 for sample in conditions])
@@ -101,9 +221,9 @@ def condition_groups(conditions, cfg, beta):
 
 
 def guide(logits, cfg, beta):
-    """Classifier-free guidance (arXiv:2207.12598), and MusicGen-Style's double one (arXiv:2407.12563, section 3.3).
+    """Classifier-free guidance (arXiv:2207.12598), or MusicGen-Style's double one (arXiv:2407.12563, section 3.3).
 
-    logits [G, B, K, card] of the groups -> [B, K, card]. beta [B, 1, 1] is 1 for a sample without text or style.
+    logits [G, B, K, card] of the groups -> [B, K, card]. beta [B, 1, 1].
     """
     if len(logits) == 1:
         return logits[0]
@@ -117,9 +237,9 @@ def guide(logits, cfg, beta):
 def choose_codes(logits, uniform, temperature, top_k, top_p):
     """logits [B, K, card], uniform [B, K] in [0, 1) -> codes [B, K], by inverting the cumulative distribution.
 
-    One uniform number a code, drawn ahead from the sample's own generator, keeps a sample the same in any batch.
+    The uniform numbers come from each sample's own generator, so a sample does not depend on its batch.
     """
-    if temperature < 1e-6:  # the quotients below would overflow, and the likeliest is drawn long before that
+    if temperature < 1e-6:  # the quotients would overflow
         return logits.argmax(-1)
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     probs = torch.softmax(logits.to(exact) / temperature, dim=-1)
@@ -128,157 +248,36 @@ def choose_codes(logits, uniform, temperature, top_k, top_p):
         probs = torch.zeros_like(probs).scatter(-1, codes, ranked * (ranked.cumsum(-1) - ranked < top_p))
     elif top_k:
         probs = probs * (logits >= logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True))
-    cumulative = probs.cumsum(-1)  # not sorted: rounding can swap two codes nearly as likely, and with them the draw
+    cumulative = probs.cumsum(-1)  # in code order, because rounding could swap codes of nearly equal probability
     code = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)
     last = (cumulative < cumulative[..., -1:]).sum(-1)
     return torch.minimum(code, last)
 
 
-def generate(model, conditions, frames, prompt=None, progress=lambda frames: None, **options):
-    """All that `stream` yields, in one: codes int64 [B, K, frames]. progress: told how many frames each part has."""
-    parts = []
-    for part in stream(model, conditions, frames, prompt, **options):
-        parts.append(part)
-        progress(part.shape[2])
-    return torch.cat(parts, dim=2)
-
-
-@torch.inference_mode()
-def stream(model, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temperature=1.0, top_k=250, top_p=0.0,
-           seeds=None, stride=None):  # fmt: skip
-    """B dicts of conditions -> codes int64 [B, K, n] as they become final: the prompt, then frame by frame.
-
-    frames       how many there are in all
-    prompt       codes [B, K, T] to go on from, [1, K, T] for all, or B of any lengths, [K, T]; they stay as they are
-    cfg          see `guide`; cfg 1 costs half as much, cfg_beta 1 a third less where text and style are given
-    temperature  0 takes the likeliest code; else it is drawn within top_p if set, else top_k if set, else from all
-    seeds        B integers; a sample depends on its own alone (and on the shortest prompt, where windows begin)
-    stride       past the trained length, windows of that length each add so many frames; by default half of it
-    """
-    B, window, device = len(conditions), model.trained_frames, model.embed.weight.device
-    rngs = [torch.Generator().manual_seed(seed) for seed in (seeds or range(B))]
-    kept = window - (stride or window // 2)
-    if not 0 < kept < window:
-        raise UserError(f"stride {stride}: must be above 0 and below the {window} frames of training")
-    codes = torch.full((B, model.K, frames), UNKNOWN)
-    prompts = [codes[0, :, :0]] if prompt is None else list(prompt)
-    prompts = prompts * B if len(prompts) == 1 else prompts
-    for row, one in zip(codes, prompts):
-        row[:, : one.shape[1]] = one[:, :frames]
-    codes, done = codes.to(device), min(frames, *(one.shape[1] for one in prompts))
-    if done:
-        yield codes[:, :, :done]
-    groups, beta = condition_groups(conditions, cfg, cfg_beta)
-    options = dict(cfg=cfg, beta=beta.to(device), temperature=temperature, top_k=min(top_k, model.card), top_p=top_p)
-    while done < frames:
-        first = 0 if done < window else done - kept
-        last = min(first + window, frames)
-        rows = [from_second(first / model.frame_rate, sample) for group in groups for sample in group]
-        found = continue_window(model, codes[:, :, first:last], done - first, rows, rngs, **options)
-        for t, part in enumerate(found, done):
-            codes[:, :, t : t + 1] = part
-            yield part
-        done = last
-
-
-def from_second(start, sample):
-    """A sample's conditions for the window that begins there: the melody is cut."""
-    return {name: value[round(start * CHROMA_RATE) :] if name == "melody" else value for name, value in sample.items()}
-
-
-def continue_window(model, codes, done, rows, rngs, cfg, beta, temperature, top_k, top_p):
-    """codes [B, K, T], UNKNOWN where one is to be found -> the frames from `done` on, [B, K, 1] each."""
-    pattern, device = model.pattern(codes.shape[2]), codes.device
-    plan = model.pattern(codes.shape[2], device="cpu").step  # the same, to read it without waiting for a GPU
-    sequence = pattern.build(codes, model.special)
-    uniform = torch.stack([torch.rand(pattern.S, model.K, generator=rng) for rng in rngs], dim=1).to(device)
-    completes = {step: t for t, step in enumerate(plan.amax(0).tolist())}  # the step that completes a frame
-    first = int(plan[:, done].min())  # the first step that may hold an UNKNOWN
-    with precision(model):
-        states, mask, prefix = model.conditioner(to_device(model.conditioner.prepare(rows), device))
-        P, states_mask = prefix.shape[1], mask[:, None, None, :]
-        steps = torch.arange(cache_steps(P + pattern.S), device=device)
-        caches = [KVCache(block, states, len(steps)) for block in model.blocks]
-        past = sequence[:, :, : first - 1].repeat(len(rows) // len(codes), 1, 1)
-        if past.shape[2] + P:
-            prefill(model, past, prefix, states_mask, caches)
-    decode = getattr(model, "compiled_step", decode_one_step)
-
-    def next_codes(tokens, position, seen, uniform):
-        with precision(model):
-            logits = decode(model, tokens, position, states_mask, caches, P, seen, cfg, beta)
-        return choose_codes(logits, uniform, temperature, top_k, top_p)
-
-    for step in range(first, pattern.S):
-        W = len(steps)  # for a GPU one shape, as a step is recorded once; for a CPU few
-        if device.type == "cpu":
-            W = P + step + (P + step) % 2
-        inputs = sequence[:, :, step - 1], steps[step - 1 : step], steps[:W], uniform[step]
-        if step == first and device.type == "cuda":
-            next_codes = CUDAGraph(next_codes, *inputs)
-        found = next_codes(*inputs)
-        sequence[:, :, step] = torch.where(sequence[:, :, step] == UNKNOWN, found, sequence[:, :, step])
-        if (t := completes.get(step, -1)) >= done:
-            yield sequence.gather(2, pattern.step[:, t : t + 1].expand(len(codes), -1, -1))
+# --------------------------------------------------------------------------------------------------------------- speed
 
 
 def precision(model):
-    """The context in which products are made in the type of the weights that `optimize` has left."""
+    """Return the autocast context of the weights' dtype, as `optimize` left it."""
     device, dtype = model.heads.weight.device.type, model.heads.weight.dtype
     return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
-# --------------------------------------------------------------------------------------------------------------- speed
-
-
 def optimize(model, dtype=torch.float32, compiled=False):
-    """Keeps the weights of the products in `dtype`, and has a step compiled at its first use; returns the model.
+    """Convert the linear layers to `dtype` and compile decoding, if `compiled`, at its first use. Return the model.
 
-    From then on it is for generation alone, on its device: packed weights are no parameters of it.
+    Afterwards the model is for generation only, and stays on its device.
     """
-    device, is_wide = model.embed.weight.device, model.embed.weight.shape[1] >= 512
-    packs = can_pack(device, dtype)
+    device = model.embed.weight.device
     for parent in (model, *model.blocks):
-        for name, module in [*parent.named_children()]:
+        for module in parent.children():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
-            if type(module) is not nn.Linear:  # LoRA's has another forward
-                continue
-            if packs and is_wide:
-                setattr(parent, name, PackedLinear(module))
-            elif compiled and device.type == "cpu" and module.in_features < 512:
-                setattr(parent, name, SummedLinear(module))
-            elif packs and dtype == torch.float32 and module.out_features >= module.in_features:
-                module.weight.data = module.weight.data.t().contiguous().t()  # by columns MKL is quicker on AMD's
+    if device.type == "cpu":
+        optimize_for_cpu(model, dtype, compiled)
     if compiled:
-        common.prepare_to_compile(device)
-        # Not to look for changed modules saves a twentieth of a step, but then no other model may use what this one has
-        # compiled. So it has a copy of the function: torch keeps what it compiles by the code.
-        step = types.FunctionType(decode_one_step.__code__.replace(), globals())
+        compiler.prepare_to_compile(device)
+        # without module guards a step is 5 % faster; isolated, because another model must not use this model's code
         options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        model.compiled_step = torch.compile(step, fullgraph=True, options=options)
+        model.compiled_logits = torch.compile(guided_logits, fullgraph=True, options=options, isolate_recompiles=True)
     return model
-
-
-class CUDAGraph:
-    """A function of tensors, recorded for GPUs, which launch its hundreds of kernels as one from then on.
-
-    It is called a few times with `inputs` first, which must not matter; its output is overwritten by the next call.
-    """
-
-    def __init__(self, function, *inputs):
-        self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()  # recording needs all that is set up at first use, made on another stream
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others load data meanwhile
-            self.output = function(*self.inputs)
-
-    def __call__(self, *inputs):
-        for tensor, new in zip(self.inputs, inputs):
-            tensor.copy_(new)
-        self.graph.replay()
-        return self.output

@@ -1,64 +1,97 @@
-"""What a run says of itself: metrics.jsonl and history.jsonl, the terminal, and tensorboard or wandb.
+"""The log of a run: metrics.jsonl, history.jsonl, the console, and tensorboard or wandb.
 
-metrics.jsonl    a line each few steps: step, epoch, ce, ppl, ce_q1, ppl_q1 ..., lr, grad_norm, tokens_per_s ...
-history.jsonl    a line for each stage of an epoch: valid, best, evaluate, generate, commit
+metrics.jsonl    a line every few steps: step, epoch, ce, ppl, ce_q1, ppl_q1 ..., lr, grad_norm, tokens_per_s ...
+history.jsonl    a line for each stage of an epoch: train, valid, best, evaluate, generate, commit
 """
 
-import errno
 import json
 import math
 import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import common
+import distributed
 from common import UserError, first_line
 
 
 def by_codebook(name, values):
-    """One value for each codebook -> {"ce": their mean, "ce_q1", "ce_q2", ...}, as the reference names them."""
+    """[K] values -> {"ce": their mean, "ce_q1": the first, "ce_q2": ...}."""
     return {name: float(np.mean(values)), **{f"{name}_q{k}": float(value) for k, value in enumerate(values, 1)}}
 
 
 def with_perplexity(losses):
-    """Adds ppl, ppl_q1 ... = exp(ce), exp(ce_q1) ..."""
+    """Add ppl = exp(ce), ppl_q1 = exp(ce_q1), ..."""
     return losses | {name.replace("ce", "ppl"): math.exp(min(ce, 700)) for name, ce in losses.items()}
 
 
 def read_log(path):
-    """The lines of a .jsonl log, but for a last one that a kill has cut off."""
+    """Read the lines of a .jsonl log, except a last line that a kill cut off."""
     if not path.exists():
         return []
     try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({first_line(error)}); mend or remove it") from None
-    if not all(isinstance(line, dict) and type(line.get("step")) is int for line in found):
-        raise UserError(f"{path}: not what a run writes, an object with its step on each line; remove it")
-    return found
+        raise UserError(f"{path}: not JSON ({first_line(error)}); repair or remove it") from None
+    if not all(isinstance(line, dict) and type(line.get("step")) is int for line in lines):
+        raise UserError(f"{path}: not the log of a run, which has an object with a step on each line; remove it")
+    return lines
+
+
+def numbers(line):
+    return {key: line[key] for key in line if isinstance(line[key], (int, float)) and key not in ("step", "epoch")}
+
+
+def in_words(line):
+    values = ", ".join(f"{key} {value:.4g}" for key, value in numbers(line).items())
+    return f"epoch {line['epoch']}, step {line['step']}: {line['stage']} {values}"
+
+
+@dataclass
+class Interval:
+    """Counters since the last line of metrics.jsonl."""
+
+    start: float = field(default_factory=time.monotonic)
+    waited: float = 0.0  # seconds, for data
+    targets: float = 0.0
+    flops: float = 0.0
+
+    def rates(self, peak):
+        """Return the speeds for a line of metrics.jsonl. peak: the devices' operations per second, or None."""
+        seconds = time.monotonic() - self.start
+        rates = dict(tokens_per_s=round(self.targets / seconds), data_wait=round(self.waited / seconds, 4))
+        if torch.cuda.is_available():
+            rates["memory"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)  # GiB, the maximum so far
+        return rates | ({"mfu": round(self.flops / seconds / peak, 4)} if peak else {})
 
 
 class Log:
-    """Both files of a run, which rank 0 writes. `history` is the same on all ranks."""
+    """Both files of a run, written by rank 0. `history` is the same on all ranks."""
 
     def __init__(self, s, step):
-        """Cuts both files back to `step`, where the run resumes, and prints the history that is left.
+        """Cut both files back to `step`, where the run resumes, and print the remaining history.
 
-        An epoch that was not committed there is cut off too: the run does its stages again.
+        An epoch without its commit line is cut off too, because the run repeats its stages.
         """
         self.out, self.writer = Path(s.out), None
-        if common.rank() == 0 and s.logger:
+        if distributed.rank() == 0 and s.logger:
+            from tools.loggers import open_logger
+
             self.writer = open_logger(s, step)
         logs = [read_log(self.out / f"{name}.jsonl") for name in ("metrics", "history")]
-        metrics_lines, history = common.gather(logs)[0]
+        metrics_lines, history = distributed.gather(logs)[0]
         self.history = [line for line in history if line["step"] <= step]
         if not self.is_committed(step):
             self.history = [line for line in self.history if line["step"] < step]
-        if common.rank() == 0:
+        if distributed.rank() == 0:
             self.replace("metrics", [line for line in metrics_lines if line["step"] <= step])
             self.replace("history", self.history)
+        self.best_ce = next((line["ce"] for line in reversed(self.history) if line["stage"] == "best"), math.inf)
         for line in self.history:
             print(in_words(line))
 
@@ -66,73 +99,19 @@ class Log:
         common.write_file(self.out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def write(self, name, line):
-        if common.rank() > 0:
+        if distributed.rank() > 0:
             return
         with open(self.out / f"{name}.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.writer:
-            stage = line.get("stage", "train")
-            self.writer({f"{stage}/{key}": value for key, value in numbers(line).items()}, line["step"])
+            group = "train" if name == "metrics" else line["stage"].replace("train", "train_epoch")
+            self.writer({f"{group}/{key}": value for key, value in numbers(line).items()}, line["step"])
 
-    def stage(self, name, step, epoch, **found):
-        self.history.append(dict(step=step, epoch=epoch, stage=name, **found))
+    def stage(self, name, step, epoch, **values):
+        """Log one stage of an epoch to history.jsonl and the console."""
+        self.history.append(dict(step=step, epoch=epoch, stage=name, **values))
         self.write("history", self.history[-1])
         tqdm.write(in_words(self.history[-1]), file=sys.stdout)
 
     def is_committed(self, step):
         return any(line["step"] == step and line["stage"] == "commit" for line in self.history)
-
-
-class Terminal:
-    """stdout, whose reader may go. Where that was a program, as `tee`, which ctrl-C ends too, `on_leave` is called.
-
-    Where it was the terminal of a run that goes on without one, what is printed from then on is dropped.
-    """
-
-    def __init__(self, stream, on_leave):
-        self.stream, self.on_leave = stream, on_leave
-
-    def write(self, text):
-        self.unless_gone(self.stream.write, text)
-
-    def flush(self):
-        self.unless_gone(self.stream.flush)
-
-    def unless_gone(self, function, *args):
-        try:
-            function(*args)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            if error.errno == errno.EPIPE:
-                self.on_leave()
-            common.drop_output(self.stream)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def numbers(line):
-    """What a line says in numbers."""
-    return {key: line[key] for key in line if isinstance(line[key], (int, float)) and key not in ("step", "epoch")}
-
-
-def in_words(line):
-    found = ", ".join(f"{key} {value:.4g}" for key, value in numbers(line).items())
-    return f"epoch {line['epoch']}, step {line['step']}: {line['stage']} {found}"
-
-
-def open_logger(s, step):
-    """A function that takes ({name: number}, step); raises UserError where what `logger` names is not installed."""
-    try:
-        if s.logger == "wandb":
-            import wandb
-
-            name = s.out.strip("/").replace("/", "-")
-            return wandb.init(project="nanomusicgen", id=name, name=name, config=vars(s), resume="allow", dir=s.out).log
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(Path(s.out, "tensorboard"), purge_step=step)
-        return lambda numbers, step: [writer.add_scalar(name, value, step) for name, value in numbers.items()]
-    except ImportError:
-        raise UserError(f"logger = '{s.logger}': not installed; pip install {s.logger}") from None

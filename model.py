@@ -1,12 +1,11 @@
-"""MusicLM: MusicGen's decoder (arXiv:2306.05284) and its training loss.
+"""MusicLM: MusicGen's decoder (arXiv:2306.05284), its training loss, and a simple `generate`.
 
-    ce_sum, count = model(codes, valid, scored, inputs)      # cross-entropy by codebook, in pattern order
-    loss = (ce_sum / count).mean()
+    ce_sum = model(codes, not_padding, in_loss, condition_tensors)     # cross-entropy per codebook, summed
+    loss = (ce_sum / targets_per_codebook).mean()
+    codes = model.generate([{"text": "slow piano"}], T=100)            # simple; generate.py is the fast version
 
-How it generates is in generate.py.
-
-Letters: B batch, K codebooks, T frames, S sequence steps, D model width, H heads, L condition length, P rows of
-conditions that are prepended to the sequence.
+Letters: B batch, K codebooks, T frames, S sequence positions, D model width, H attention heads, L condition length,
+P prefix positions, conditions that are prepended to the sequence.
 codes int64 [B, K, T] in [0, card); sequence [B, K, S] in [0, card], where `card` is the special token.
 """
 
@@ -19,69 +18,56 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import patterns
 from common import UserError
-from conditioning import Conditioner
-from patterns import make_pattern
+from conditioning import Conditioner, to_device
+from extras.cpu_linear import cpu_attention
 
 
 def sinusoids(position, dim):
-    """Positions [S] -> [S, dim], cosines first as in MusicGen. Always float32.
-
-    In bfloat16 a position such as 1001 would be rounded by more than 1.
-    """
+    """Positions [S] -> [S, dim], cosines first as in MusicGen. Always float32: bfloat16 rounds 1001 by more than 1."""
     rate = torch.exp(torch.arange(dim // 2, device=position.device) * (-math.log(10_000) / (dim // 2 - 1)))
     angle = position.float()[:, None] * rate
     return torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
 
 
 def rotations(position, dim):
-    """Positions [S] -> [2, S, dim / 2], cosine and sine of the angles of rotary positions (arXiv:2104.09864)."""
+    """Positions [S] -> cosine and sine of the angles of rotary positions (arXiv:2104.09864): [2, S, dim / 2]."""
     rate = torch.exp(torch.arange(dim // 2, device=position.device) * (-math.log(10_000) / (dim // 2)))
     angle = position.float()[:, None] * rate
     return torch.stack([torch.cos(angle), torch.sin(angle)])
 
 
 def rotate(x, rotation):
-    """Turns queries and keys x [..., S, d], pair by pair, by the `rotations` of their positions."""
+    """Rotate queries and keys x [..., S, d], pair by pair, by the `rotations` of their positions."""
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Always in float32: FSDP may hand it weights in bfloat16, and a CPU refuses a mix."""
+    """LayerNorm in float32, because FSDP gathers weights in bfloat16 and a CPU's layer_norm rejects mixed dtypes."""
 
     def forward(self, x):
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
 def attention(q, k, v, mask, is_causal=False):
-    """softmax(q k^T / sqrt(d)) v over the keys where `mask` [..., S, W] says: q [B, H, S, d], k and v [B, H, W, d].
+    """softmax(q k^T / sqrt(d)) v, where mask [..., S, W] is True: q [B, H, S, d], k and v [B, H, W, d].
 
-    mask: None where is_causal. torch's own is slow in bfloat16 on a CPU: in training, up to some 512 steps, it takes
-    twice the time of separate products, and in generation four times that of float32, so the KV cache is float32 there.
-    A compiled step of generation, S = 1, takes sums for products, as the compiler fuses those.
+    mask: None if is_causal.
     """
-    if q.device.type == "cpu" and q.shape[2] == 1 and not is_causal and torch.compiler.is_compiling():
-        scores = (q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[3])
-        return (torch.softmax(scores.masked_fill(~mask.mT, -math.inf), dim=2) * v).sum(2, keepdim=True)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] > 512:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    if k.dtype == torch.float32:
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k, v, attn_mask=mask, is_causal=is_causal)
-    if is_causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
-    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -math.inf)
-    return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[3]) + bias, dim=-1) @ v
+    if q.device.type == "cpu":
+        return cpu_attention(q, k, v, mask, is_causal)  # the same result, but faster
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
 
 
 class Block(nn.Module):
-    """Pre-norm: causal self-attention, cross-attention to the text, GELU feed-forward of 4 D."""
+    """Pre-norm transformer block: causal self-attention, cross-attention to the text, GELU feed-forward of 4 D."""
 
-    def __init__(self, D, heads):
+    def __init__(self, D, n_heads):
         super().__init__()
-        self.heads = heads
+        self.n_heads = n_heads
         self.norm1 = LayerNorm(D)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.attn_out = nn.Linear(D, D, bias=False)
@@ -93,37 +79,37 @@ class Block(nn.Module):
         self.up = nn.Linear(D, 4 * D, bias=False)
         self.down = nn.Linear(4 * D, D, bias=False)
 
-    def split(self, x, parts):
-        """[B, S, parts * D] -> `parts` tensors [B, H, S, D / H]."""
+    def split_heads(self, x, parts):
+        """[B, S, parts * D] -> `parts` tensors [B, H, S, D / H], stacked."""
         B, S, _ = x.shape
-        return x.view(B, S, parts, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return x.view(B, S, parts, self.n_heads, -1).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x, states, states_mask, rotation=None, cache=None, input_pos=None, causal_mask=None):
+    def forward(self, x, text_states, text_mask, rotation=None, cache=None, input_pos=None, causal_mask=None):
         """x [B, S, D] -> [B, S, D].
 
-        states [B, L, D] are attended to where states_mask [B, 1, 1, L] says. rotation: rotary positions, if any. In
-        generation the S steps stand at `input_pos` [S] of this block's `cache`, and attend to its first W steps where
-        `causal_mask` [S, W] says.
+        text_states [B, L, D] with text_mask bool [B, 1, 1, L]. rotation: `rotations`, if positions are rotary.
+        For generation, `cache` is this block's KV cache, x stands at its positions input_pos [S] and attends to its
+        first W positions where causal_mask [S, W] is True.
         """
-        qk, (v,) = self.split(self.qkv(self.norm1(x)), 3).split([2, 1])
+        qk, (v,) = self.split_heads(self.qkv(self.norm1(x)), 3).split([2, 1])
         q, k = qk if rotation is None else rotate(qk, rotation)
         if cache is not None:
             k, v = cache.update(input_pos, k, v, causal_mask.shape[1])
         y = attention(q, k, v, causal_mask, is_causal=cache is None)
         x = x + self.attn_out(y.transpose(1, 2).flatten(2))
 
-        (q,) = self.split(self.cross_q(self.norm2(x)), 1)
-        k, v = self.split(self.cross_kv(states), 2) if cache is None else cache.cross
-        y = attention(q, k, v, states_mask)
+        (q,) = self.split_heads(self.cross_q(self.norm2(x)), 1)
+        k, v = self.split_heads(self.cross_kv(text_states), 2) if cache is None else cache.cross
+        y = attention(q, k, v, text_mask)
         x = x + self.cross_out(y.transpose(1, 2).flatten(2))
 
         return x + self.down(F.gelu(self.up(self.norm3(x))))
 
 
-@functools.lru_cache(maxsize=32)  # a table is used at every step, and making it waits for the device
-@torch.inference_mode(False)  # what generation asks for first, training may use
-def pattern_on(device, *description):
-    return make_pattern(*description).to(device)
+@functools.lru_cache(maxsize=32)  # cached, because building it would synchronize with the GPU
+@torch.inference_mode(False)  # because training may use a pattern that generation cached
+def cached_pattern(make_pattern, T, training, device):
+    return make_pattern(T=T, training=training).to(device)
 
 
 class MusicLM(nn.Module):
@@ -135,27 +121,35 @@ class MusicLM(nn.Module):
         self.special, self.frame_rate = self.card, codec["frame_rate"]
         self.channels = codec.get("channels", 1)
         self.pattern_name = settings.pattern
-        # The codebooks of two channels interleave; left and right of one codebook stand at the same step.
+        # stereo codecs interleave codebooks, so left and right of one codebook get the same delay
         self.delays = tuple(settings.delays or (k // self.channels for k in range(self.K)))
+        self.make_pattern = functools.partial(patterns.make_pattern, self.pattern_name, self.K, delays=self.delays)
         self.trained_frames = round(settings.segment * self.frame_rate)
-        if self.trained_frames < 1:
-            raise UserError(f"segment = {settings.segment:g}: less than a frame of the codec; lengthen it")
+        shortest = self.trained_frames // (2 if settings.short_every else 1)
+        with torch.device("cpu"):  # the model itself may be on "meta"
+            has_targets = shortest > 0 and self.make_pattern(T=shortest, training=True).frame_mask.any(1).all()
+        if not has_targets:
+            raise UserError(f"segment = {settings.segment:g}: {shortest} frames leave a codebook without a target;"
+                            " use a longer segment")  # fmt: skip
         self.rotary = settings.positions == "rope"
         self.activation_checkpointing = settings.activation_checkpointing
         D = settings.dim
         self.conditioner = Conditioner(settings, codec, tokenizer)
-        self.embed = nn.Embedding(self.K * (self.card + 1), D)  # the K tables, one after another
+        self.embed = nn.Embedding(self.K * (self.card + 1), D)  # the K tables in one
         self.blocks = nn.ModuleList(Block(D, settings.heads) for _ in range(settings.layers))
         if settings.lora_rank:
+            from extras.lora import add_lora
+
             add_lora(self.blocks, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
-        self.norm = nn.LayerNorm(D)
-        self.heads = nn.Linear(D, self.K * self.card, bias=False)  # the K heads, one after another
+        self.norm = LayerNorm(D)
+        self.heads = nn.Linear(D, self.K * self.card, bias=False)  # the K output layers in one
+        self.compiled_logits = None  # set by `optimize` in generate.py
         self.init_weights()
 
     def init_weights(self):
-        """Truncated normal, sigma = 1/sqrt(fan_in), in layer l (from 0) scaled by 1/sqrt(2(l+1)).
+        """Truncated normal with sigma = 1/sqrt(fan_in), scaled by 1/sqrt(2(l+1)) in layer l, from 0.
 
-        The embeddings are larger than in MusicGen, where the positions drown them for hundreds of steps (NOTES.md).
+        The embeddings are larger than MusicGen's, where the positions drown them for hundreds of steps (dev/LOG.md).
         """
 
         def init(weight, scale=1.0):
@@ -163,17 +157,16 @@ class MusicLM(nn.Module):
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
         D = self.embed.embedding_dim
-        init(self.embed.weight, math.sqrt(D / (2 * self.K)))  # so that the sum of K weighs as much as the positions
-        init(self.heads.weight, 0.1)  # so that the first predictions are all but uniform, ce = ln(card)
+        init(self.embed.weight, math.sqrt(D / (2 * self.K)))  # the sum of K embeddings is as large as the positions
+        init(self.heads.weight, 0.1)  # the first predictions are nearly uniform, ce = ln(card)
         for layer, block in enumerate(self.blocks):
             for module in block.modules():
                 if isinstance(module, nn.Linear):
                     init(module.weight, 1 / math.sqrt(2 * (layer + 1)))
 
     def pattern(self, T, training=False, device=None):
-        """The pattern of T frames, by default on the model's device."""
-        device = device or self.embed.weight.device
-        return pattern_on(device, self.pattern_name, self.K, T, self.delays, training)
+        """Return the pattern of T frames, by default on the model's device."""
+        return cached_pattern(self.make_pattern, T, training, device or self.embed.weight.device)
 
     def embed_sequence(self, sequence):
         """sequence [B, K, S] -> the sum of its K embeddings, [B, S, D]."""
@@ -181,136 +174,112 @@ class MusicLM(nn.Module):
         return self.embed(sequence + table).sum(1)
 
     def positions(self, S):
-        """Where the P prepended rows and the S steps stand, float [P + S]: a row with the step of its own frame."""
-        steps_per_frame = self.pattern(self.trained_frames, training=True).S // self.trained_frames
-        rows = self.conditioner.positions(self.embed.weight.device) * steps_per_frame
-        return torch.cat([rows, torch.arange(S, device=rows.device)])
+        """Return the positions of prefix and sequence, float [P + S]. A prefix position is that of its frame."""
+        positions_per_frame = self.pattern(self.trained_frames, training=True).S // self.trained_frames
+        prefix = self.conditioner.prefix_positions(self.embed.weight.device) * positions_per_frame
+        return torch.cat([prefix, torch.arange(S, device=prefix.device)])
 
     def add_positions(self, x, position):
-        """x [B, S, D], which stands at `position` [S] -> what the blocks take: x, and its rotation or None."""
+        """x [B, S, D], position [S] -> (x with sinusoids added, None), or (x, `rotations`) if positions are rotary."""
         if self.rotary:
-            return x, rotations(position, x.shape[2] // self.blocks[0].heads)
+            return x, rotations(position, x.shape[2] // self.blocks[0].n_heads)
         return x + sinusoids(position, x.shape[2]), None
 
-    def hidden(self, sequence, states, mask, prefix):
-        """sequence [B, K, S] -> what the heads read, [B, S, D].
+    def hidden(self, sequence, text_states, text_mask, prefix):
+        """sequence [B, K, S] -> inputs of the heads, [B, S, D].
 
-        The rest is the conditioner's: states [B, L, D] and mask [B, L] to attend to, prefix [B, P, D] to stand before.
+        The other arguments come from the conditioner: text_states [B, L, D], text_mask [B, L], prefix [B, P, D].
         """
-        S = sequence.shape[2]
+        S, text_mask = sequence.shape[2], text_mask[:, None, None, :]
         x = self.embed_sequence(sequence)
         x, rotation = self.add_positions(torch.cat([prefix.to(x.dtype), x], dim=1), self.positions(S))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, states, mask[:, None, None, :], rotation, use_reentrant=False)
+                x = checkpoint(block, x, text_states, text_mask, rotation, use_reentrant=False)
             else:
-                x = block(x, states, mask[:, None, None, :], rotation)
+                x = block(x, text_states, text_mask, rotation)
         return self.norm(x[:, x.shape[1] - S :])
 
     def logits(self, hidden):
         """[B, S, D] -> [B, S, K, card]."""
         return self.heads(hidden).unflatten(-1, (self.K, self.card))
 
-    def forward(self, codes, valid, scored, inputs):
-        """The training objective, as sums so that batches of any make-up can be added.
+    def forward(self, codes, not_padding, in_loss, condition_tensors):
+        """Return the sum of cross-entropies per codebook, in nats, float32 [K]. Sums of micro-batches can be added.
 
-        codes [B, K, T]; bool [B, T]: valid, False on padding, and scored, False also where the loss does not count.
-        inputs: what `conditioner.prepare` makes of the items' conditions.
-        Returns (ce_sum, count), float32 [K] each: cross-entropy in nats over the positions that count, and their
-        number. The loss is (ce_sum / count).mean().
+        codes int64 [B, K, T]; not_padding bool [B, T]; in_loss bool [B, T], False on padding and style excerpts;
+        condition_tensors: from `conditioner.tokenize`. The loss divides by `targets_per_codebook` of data.Batch.
         """
         pattern = self.pattern(codes.shape[2], training=True)
-        codes = codes.masked_fill(~valid[:, None], self.special)  # as after the end of a generated sequence
+        codes = codes.masked_fill(~not_padding[:, None], self.special)
         sequence = pattern.build(codes, self.special)
-        loss_mask = pattern.build(scored[:, None].expand_as(codes).long(), special=0)[:, :, 1:].bool()
+        loss_mask = pattern.build(in_loss[:, None].expand_as(codes).long(), special=0)[:, :, 1:].bool()
         target = sequence[:, :, 1:].masked_fill(~loss_mask, -100).transpose(1, 2)
-        logits = self.logits(self.hidden(sequence[:, :, :-1], *self.conditioner(inputs)))
+        logits = self.logits(self.hidden(sequence[:, :, :-1], *self.conditioner(condition_tensors)))
         ce = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), ignore_index=-100, reduction="none")
-        return ce.view(-1, self.K).sum(0), loss_mask.sum((0, 2)).float()
+        return ce.view(-1, self.K).sum(0)
 
-    def count_targets(self, items):
-        """items int64 [T], how many items of a batch are scored at each frame -> their targets by codebook, float [K].
+    @torch.no_grad()
+    def generate(self, conditions, T, cfg=3.0, temperature=1.0, top_k=250):
+        """Generate codes int64 [B, K, T] for B dicts of conditions, by one full forward pass per position.
 
-        The sum of `forward`'s counts over all parts of the batch.
+        Without a cache, to teach from. generate.py gives the same codes faster, and can exceed the trained length.
+        temperature 0 takes the likeliest code.
         """
-        return (self.pattern(len(items), training=True).frame_mask * items).sum(1).float()
+        pattern, B = self.pattern(T), len(conditions)
+        holds_code = pattern.build(torch.ones_like(pattern.position)[None], special=0)[0].bool()  # [K, S]
+        sequence = torch.full((B, self.K, pattern.S), self.special, device=holds_code.device)
+        tensors, null_tensors = (to_device(self.conditioner.tokenize(samples), sequence.device)
+                                 for samples in (conditions, [{}] * B))  # fmt: skip
+        for position in range(1, pattern.S):
+            past = sequence[:, :, :position]
+            cond = self.logits(self.hidden(past, *self.conditioner(tensors)))[:, -1]  # [B, K, card]
+            uncond = self.logits(self.hidden(past, *self.conditioner(null_tensors)))[:, -1]
+            logits = uncond + cfg * (cond - uncond)  # classifier-free guidance
+            if temperature == 0:
+                codes = logits.argmax(-1)
+            else:
+                smallest = logits.topk(min(top_k, self.card)).values[..., -1:]
+                probs = (logits / temperature).masked_fill(logits < smallest, -math.inf).softmax(-1)
+                codes = probs.flatten(0, 1).multinomial(1).view(B, self.K)
+            sequence[:, :, position] = torch.where(holds_code[:, position], codes, self.special)
+        return pattern.revert(sequence, self.special)
 
-    def aligned_logits(self, codes, inputs):
-        """Logits in the order of the codes, [B, K, T, card]; NaN where training's cut leaves none.
-
-        For tests and pictures; training does without.
-        """
+    def aligned_logits(self, codes, condition_tensors):
+        """Return logits in the order of the codes, [B, K, T, card], NaN where training cuts them off."""
         pattern = self.pattern(codes.shape[2], training=True)
-        hidden = self.hidden(pattern.build(codes, self.special), *self.conditioner(inputs))
+        hidden = self.hidden(pattern.build(codes, self.special), *self.conditioner(condition_tensors))
         return pattern.align_logits(self.logits(hidden).transpose(1, 2))
 
     def flops(self, T=None):
-        """Floating-point operations, forward and backward, of training on one item of T frames, or the trained length.
+        """Return floating-point operations, forward and backward, of one training item of T frames (arXiv:2204.02311).
 
-        Six for each weight of the blocks and heads at each step, or four for a frozen one, and 12 D S^2 of
-        self-attention a block, its masked half counted in, as is the custom (arXiv:2204.02311, appendix B). The text's
-        own are left out.
+        Each weight of blocks and heads counts 6 per position, or 4 if frozen; self-attention 12 D S^2 per block,
+        masked half included. The text encoder is not counted. T: by default the trained length.
         """
-        S = self.pattern(T or self.trained_frames, training=True).S - 1 + self.conditioner.rows
+        S = self.pattern(T or self.trained_frames, training=True).S - 1 + self.conditioner.prefix_length
         parts = [self.heads, *self.blocks]
         weights = [p for part in parts for name, p in part.named_parameters() if "cross_kv" not in name]
-        per_step = sum((6 if p.requires_grad else 4) * p.numel() for p in weights)
-        return per_step * S + 12 * len(self.blocks) * self.embed.embedding_dim * S**2
+        per_position = sum((6 if p.requires_grad else 4) * p.numel() for p in weights)
+        return per_position * S + 12 * len(self.blocks) * self.embed.embedding_dim * S**2
 
 
-# ---------------------------------------------------------------------------------------------------- fine-tuning
-
-
-def freeze(model, patterns):
-    """No gradient for the parameters whose names match one of the patterns, 'blocks.*', but for LoRA's own."""
+def freeze(model, name_patterns):
+    """Freeze the parameters whose names match a pattern such as 'blocks.*'. LoRA's matrices stay trainable."""
     parameters = dict(model.named_parameters())
-    for pattern in patterns:
+    for pattern in name_patterns:
         if not fnmatch.filter(parameters, pattern):
-            raise UserError(f"freeze: no parameter is called '{pattern}'; there are {', '.join([*parameters][:3])} ...")
+            raise UserError(f"freeze: no parameter matches '{pattern}'; names are {', '.join([*parameters][:3])} ...")
     for name, parameter in parameters.items():
-        frozen = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-        parameter.requires_grad_(".lora_" in name or not frozen)
+        is_frozen = any(fnmatch.fnmatch(name, pattern) for pattern in name_patterns)
+        parameter.requires_grad_(".lora_" in name or not is_frozen)
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise UserError("freeze: nothing is left to train")
+        raise UserError("freeze: no trainable parameter is left; freeze fewer")
 
 
-def refuse_other_weights(model, state, path):
-    """Raises UserError where a checkpoint's state dict is not of this model, by names and shapes; LoRA may be new."""
-    ours, theirs = ({name: tensor.shape for name, tensor in of.items()} for of in (model.state_dict(), state))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name) and (".lora_" not in name or name in theirs):
-            raise UserError(f"{path}: its {name} does not fit; use the code and the settings that it was trained with")
-
-
-class LoRALinear(nn.Linear):
-    """W plus a low-rank map learned beside it: W + alpha / rank * B A (arXiv:2106.09685), which is W at first."""
-
-    def __init__(self, like, rank, alpha):
-        super().__init__(like.in_features, like.out_features, bias=False)
-        self.scale = alpha / rank
-        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features) / math.sqrt(self.in_features))
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank))
-
-    def forward(self, x):
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
-
-
-def add_lora(blocks, rank, alpha, targets):
-    """Low-rank matrices beside the weights `targets` of each block, 'qkv', 'up' ..."""
-    for block in blocks:
-        linears = {name: part for name, part in block.named_children() if isinstance(part, nn.Linear)}
-        for name in targets:
-            if name not in linears:
-                raise UserError(f"lora_targets: a block has no '{name}'; it has {', '.join(linears)}")
-            setattr(block, name, LoRALinear(linears[name], rank, alpha))
-
-
-def merge_lora(state, settings):
-    """A state dict with LoRA -> that of the same model without: what was learned beside a weight is added to it."""
-    merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
-    for name in state:
-        if name.endswith(".lora_a"):
-            linear = name.removesuffix(".lora_a")
-            scale = settings["lora_alpha"] / settings["lora_rank"]
-            merged[f"{linear}.weight"] = state[f"{linear}.weight"] + scale * state[f"{linear}.lora_b"] @ state[name]
-    return merged
+def check_weights(model, state, path):
+    """Raise UserError if a state dict does not fit the model by names and shapes. LoRA may be missing from it."""
+    expected, actual = ({name: tensor.shape for name, tensor in d.items()} for d in (model.state_dict(), state))
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name) and (".lora_" not in name or name in actual):
+            raise UserError(f"{path}: {name} does not fit the model; use the code and settings of its training")

@@ -1,31 +1,30 @@
-"""Text, a melody, a style, the beginning of a piece, or any of them together, to music.
+"""Generate music from captions, a melody, a style, the beginning of a recording, or several of these together.
 
-python sample.py out/demo/best.pt "a slow piano melody in D minor, with drums" --duration 8
-python sample.py out/demo/best.pt "fast bells" "calm strings, no drums" --cfg 3 --seed 7
-python sample.py out/demo/best.pt "organ chords" --continue beginning.wav --duration 12
-python sample.py out/demo_melody/best.pt "organ, with drums" --melody tune.wav
-python sample.py out/demo_style/best.pt "a fast melody" --style excerpt.wav --style_codebooks 2 --cfg_beta 2
-python sample.py out/demo/best.pt --file captions.txt --n 4 --format flac --spectrogram
-python sample.py out/demo/best.pt --interactive
-python sample.py out/demo/best.pt "fast bells" --duration 60 --stream | aplay -f S16_LE -r 16000 -c 1
-python sample.py out/demo/best.pt "fast bells" --duration 60 --stream | ffplay -f s16le -sample_rate 16000 -nodisp -
+    python sample.py out/demo/best.pt "a slow piano melody in D minor, with drums" --duration 8
+    python sample.py out/demo/best.pt "fast bells" "calm strings, no drums" --cfg 3 --seed 7
+    python sample.py out/demo/best.pt "organ chords" --continue beginning.wav --duration 12
+    python sample.py out/demo_melody/best.pt "organ, with drums" --melody tune.wav
+    python sample.py out/demo_style/best.pt "a fast melody" --style excerpt.wav --style_codebooks 2 --cfg_beta 2
+    python sample.py out/demo/best.pt --file captions.txt --n 4 --format flac --spectrogram
+    python sample.py out/demo/best.pt "fast bells" --duration 60 --stream | aplay -f S16_LE -r 16000 -c 1
+    python sample.py out/demo/best.pt "fast bells" --duration 60 --stream | ffplay -f s16le -sample_rate 16000 -nodisp -
 
-Beside each file stands a .json of the options that made it. The first sample has the seed --seed, the next one the
-next; a seed gives the same music alone or in a batch, up to rounding.
+A .json with the options and settings is written next to each file. The first sample has the seed --seed, the second
+--seed + 1, and so on. A seed gives the same music alone and in a batch, up to rounding.
 
-Letters: K codebooks, n frames.
+In the order of this file: parse, check, load, conditions, generate, write. Letters: K codebooks, T frames.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import math
 import re
 import sys
-import time
 from pathlib import Path
 
-import common  # before torch, whose threads it tells how to wait
+import common  # before torch; it sets GOMP_SPINCOUNT
 
 # isort: split
 import soundfile
@@ -33,99 +32,207 @@ import torch
 from tqdm import tqdm
 
 import config
-from codec import FORMATS, decode_stream, draw_spectrogram, encode_long, file_name, load_audio, load_codec, write_audio
+from audio import FORMATS, draw_spectrogram, file_name, load_audio, write_audio
+from codec import encode_long, load_codec
 from common import UserError
 from conditioning import CHROMA_RATE, INFERENCE_CODEBOOKS, SILENCE, strongest
-from data import words_of
+from dataprep.analysis import chroma_of
+from dataprep.shards import words_of
 from generate import generate, load_model, optimize, stream
-from listen import chroma_of
+from tools.output import set_loudness, write_stream
 
-OPTIONS = ("cfg", "cfg_beta", "temperature", "top_k", "top_p")  # that a run's settings have defaults for
-PEAK = 10 ** (-1 / 20)  # no sample is louder than -1 dB of full scale, as lossy coding adds some tenths
+# ranges of the options whose default is the run's setting
+RANGES = {"cfg": (-1e6, 1e6), "cfg_beta": (-1e6, 1e6), "temperature": (0, 1e6), "top_k": (0, 1e6), "top_p": (0, 1)}
 
 
 def parse_arguments(words=None):
-    """The options of the command line, or of `words` instead."""
+    """Parse the command line, or the list `words`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a best.pt, or any other checkpoint of a run")
-    parser.add_argument("captions", nargs="*", default=[], help="what to play; none, or an empty one: unconditional")
-    parser.add_argument("--file", help="more captions, a line each")
-    parser.add_argument("--interactive", action="store_true", help="more captions, asked for one by one")
-    parser.add_argument("--n", type=int, default=1, help="samples of each caption (default 1)")
-    parser.add_argument("--duration", type=float, default=8.0, help="seconds, the prompt included (default 8)")
-    parser.add_argument("--stride", type=float, help="past the trained length, seconds that each further window of that"
-                        " length adds: the fewer, the more it hears of what was (default: half of it)")  # fmt: skip
-    parser.add_argument("--continue", dest="prompt", metavar="AUDIO", help="continue this audio")
-    parser.add_argument("--melody", metavar="AUDIO", help="follow its pitch classes, from its beginning")
-    parser.add_argument("--style", metavar="AUDIO", help="sound like its middle")
-    parser.add_argument("--style_codebooks", type=int, default=INFERENCE_CODEBOOKS, help="how closely, from 1 to the 6"
-                        " or so of training (default 3)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next has the next (default 0)")
-    parser.add_argument("--cfg", type=float, help="guidance; 1 switches it off (default: as in training's samples)")
-    parser.add_argument("--cfg_beta", type=float, help="with text and style: above 1 the text counts more")
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest code")
-    parser.add_argument("--top_k", type=int, help="sample among so many codes; 0: all")
-    parser.add_argument("--top_p", type=float, help="sample within this probability mass instead of top_k")
-    parser.add_argument("--batch", type=int, default=8, help="samples made at once, at most (default 8)")
-    parser.add_argument("--out", default="samples", help="folder (default samples), or for a single sample a file in"
-                        f" {', '.join(FORMATS)}; no file is written over")  # fmt: skip
-    parser.add_argument("--format", choices=[suffix[1:] for suffix in FORMATS], default="wav",
-                        help="of the files in a folder (default wav)")  # fmt: skip
-    parser.add_argument("--loudness", default="-23", help="in LUFS, or less where its peaks would pass -1 dB of full"
-                        " scale; measured after BS.1770 where pyloudnorm is installed, else by RMS; none: as it is"
-                        " (default -23, that of EBU R 128)")  # fmt: skip
-    parser.add_argument("--spectrogram", action="store_true", help="a .png beside each file; needs Pillow")
-    parser.add_argument("--stream", action="store_true", help="one sample to stdout while it is made: raw signed 16-bit"
-                        " little-endian samples for a player, as above, as loud as the model has it")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if there is one)")
-    parser.add_argument("--dtype", choices=config.CHOICES["dtype"], default="auto", help="of the weights and of what is"
-                        " computed (default auto: bfloat16 where it is faster, else float32)")  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="compile first, 10 to 40 s: worth it for long music, or"
-                        " for much of it")  # fmt: skip
-    parser.add_argument("--codec_weights", help="file, where the codec's own are elsewhere than in training")
+    add = parser.add_argument
+    add("checkpoint", help="best.pt, or another checkpoint of a run")
+    add("captions", nargs="*", default=[], help="descriptions of the music; without one, or empty: unconditional")
+    add("--file", help="a text file with more captions, one per line")
+    add("--interactive", action="store_true", help="read more captions from the terminal, until an empty line")
+    add("--n", type=int, default=1, help="samples per caption (default 1)")
+    add("--duration", type=float, default=8.0, help="seconds, including the prompt (default 8)")
+    add("--stride", type=float, help="seconds between windows (default half of one); smaller strides keep more context")
+    add("--continue", dest="prompt", metavar="AUDIO", help="prompt: an audio file to continue")
+    add("--melody", metavar="AUDIO", help="an audio file whose pitch classes to follow, from its beginning")
+    add("--style", metavar="AUDIO", help="an audio file whose middle to use as the style")
+    add("--style_codebooks", type=int, default=INFERENCE_CODEBOOKS, help="larger numbers follow it closer (default 3)")
+    add("--seed", type=int, default=0, help="seed of the first sample; each further sample adds 1 (default 0)")
+    add("--cfg", type=float, help="guidance, 1: none (this and the next 4 options default to the run's settings)")
+    add("--cfg_beta", type=float, help="with text and style: values above 1 give the text more weight")
+    add("--temperature", type=float, help="0 always takes the likeliest code")
+    add("--top_k", type=int, help="sample from the k likeliest codes; 0: from all")
+    add("--top_p", type=float, help="sample from the likeliest codes with this total probability, instead of top_k")
+    add("--batch", type=int, default=8, help="most samples to generate together (default 8)")
+    add("--out", default="samples", help="folder or, for one sample, file; existing files are never overwritten")
+    add("--format", choices=[suffix[1:] for suffix in FORMATS], default="wav", help="format in a folder (default wav)")
+    add("--loudness", default="-23", help="in LUFS, or none; lower if peaks would exceed -1 dB of full scale;"
+        " without pyloudnorm, measured by RMS (default -23, as in EBU R 128)")  # fmt: skip
+    add("--spectrogram", action="store_true", help="also write a .png next to each file; needs Pillow")
+    add("--stream", action="store_true", help="write one sample to stdout while it is generated, for a player as above:"
+        " raw signed 16-bit little-endian samples, without --loudness")  # fmt: skip
+    add("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if there is one)")
+    add("--dtype", choices=config.CHOICES["dtype"], default="auto", help="default auto: bfloat16 if it is faster")
+    add("--compile", action="store_true", help="compile first, for 10 to 40 s; pays off for minutes of music")
+    add("--codec_weights", help="the codec's weights, if they have moved since training")
     return parser.parse_intermixed_args(words)
 
 
-def check_arguments(args):
-    """Raises UserError for what can be seen to be wrong before a model is loaded."""
-    if not 0 < args.duration <= 86_400:
-        raise UserError(f"--duration {args.duration:g}: must be above 0 seconds, and a day at most")
-    if not 0 <= args.seed < 2**62:
-        raise UserError(f"--seed {args.seed}: must lie between 0 and 2^62")
-    if args.n < 1 or args.batch < 1:
-        raise UserError("--n and --batch must be 1 or above")
-    if args.loudness != "none" and not re.fullmatch(r"-\d+(\.\d+)?", args.loudness):
-        raise UserError(f"--loudness {args.loudness}: must be below 0 LUFS, -23 or so, or be none")
-    suffix = Path(args.out).suffix.lower()
-    if suffix in (".m4a", ".aac", ".opus", ".aiff", ".wma") or (suffix in FORMATS and Path(args.out).is_dir()):
-        raise UserError(f"--out {args.out}: no format that can be written, or a folder; name a new folder, or a file in"
-                        f" {', '.join(FORMATS)}")  # fmt: skip
-    if args.stream and (args.interactive or len(args.captions) * args.n != 1):
-        raise UserError("--stream is for one sample of one caption")
-    if (args.stream and not sys.__stdout__) or (args.interactive and not sys.stdin):
-        raise UserError("--stream needs a stdout, and --interactive a stdin; open what is closed")
-    if args.stream and sys.__stdout__.isatty():
-        raise UserError("--stream writes raw samples to stdout: pipe it into a player, as --help shows")
-    if suffix in FORMATS and (args.interactive or len(args.captions) * args.n != 1):
-        raise UserError(f"--out {args.out}: a file is for one sample of one caption; name a folder")
-
-
 def read_captions(args):
-    """Those of the command line, then those of --file; without either and nobody to ask, the empty one."""
-    captions = [caption.encode(errors="replace").decode() for caption in args.captions]  # a terminal may send any bytes
+    """Return the captions of the command line and of --file. Without any, and not --interactive: an empty one."""
+    captions = [caption.encode(errors="replace").decode() for caption in args.captions]  # terminals may send any bytes
     if args.file:
         try:
             lines = Path(args.file).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
-            raise UserError(f"--file {args.file}: is not UTF-8 text; save it as that") from None
+            raise UserError(f"--file {args.file}: not UTF-8 text; save it as UTF-8") from None
         captions += [line.strip() for line in lines if line.strip()]
         if not captions:
-            raise UserError(f"--file {args.file}: holds no caption; write one on each line")
+            raise UserError(f"--file {args.file}: contains no caption; write one per line")
     return captions or ([] if args.interactive else [""])
 
 
-def lists_of_captions(args):
-    """Those that are given, at once; with --interactive then each that is typed, up to an empty line or the end."""
+def check_arguments(args):
+    """Check all arguments that can be checked without the model. Raises UserError."""
+    suffix, is_single = Path(args.out).suffix.lower(), not args.interactive and len(args.captions) * args.n == 1
+    is_file, is_terminal = suffix in FORMATS, not sys.__stdout__ or sys.__stdout__.isatty()
+    for is_wrong, message in (
+        (not 0 < args.duration <= 86_400, f"--duration {args.duration:g}: must be above 0 seconds and at most a day"),
+        (not 0 <= args.seed < 2**62, f"--seed {args.seed}: must lie between 0 and 2^62"),
+        (args.n < 1 or args.batch < 1, "--n and --batch must be 1 or above"),
+        (args.loudness != "none" and not re.fullmatch(r"-\d+(\.\d+)?", args.loudness),
+         f"--loudness {args.loudness}: must be below 0 LUFS, such as -23, or none"),
+        (suffix in (".m4a", ".aac", ".opus", ".aiff", ".wma"),
+         f"--out {args.out}: this format cannot be written; use a folder, or a file in {', '.join(FORMATS)}"),
+        (is_file and Path(args.out).is_dir(), f"--out {args.out}: an existing folder; use another name"),
+        (is_file and not is_single, f"--out {args.out}: a file is for one sample of one caption; use a folder"),
+        (args.stream and not is_single, "--stream is for one sample of one caption"),
+        (args.stream and is_terminal, "--stream writes raw samples: pipe stdout into a player, as --help shows"),
+        (args.interactive and not sys.stdin, "--interactive reads captions from stdin, which is closed; open it"),
+        (args.spectrogram and not importlib.util.find_spec("PIL"), "--spectrogram: needs Pillow; pip install pillow"),
+    ):  # fmt: skip
+        if is_wrong:
+            raise UserError(message)
+
+
+def load(args):
+    """Load a checkpoint for generation: return (model, its Settings, its codec), on the device of the options."""
+    device, dtype = common.pick_device(args.device, args.dtype)
+    model, s, codec_info = load_model(args.checkpoint, device)
+    if device.type == "cpu" and s.dim <= 256:
+        # such small steps gain nothing from a second thread, nor from bfloat16 unless they are compiled
+        torch.set_num_threads(1)
+        dtype = torch.float32 if args.dtype == "auto" and not args.compile else dtype
+    optimize(model, dtype, args.compile)
+    codec = load_codec(codec_info["name"], s.codec_weights if args.codec_weights is None else args.codec_weights)
+    if codec.id != codec_info["id"]:
+        raise UserError(f"{args.checkpoint}: needs codec {codec_info['id']}, not {codec.id}; pass its --codec_weights")
+    return model, s, codec.to(device)
+
+
+def generation_options(args, model, s, codec):
+    """Return the arguments of `generate` and `stream`, except conditions and seeds."""
+    options = {key: getattr(s, key) if getattr(args, key) is None else getattr(args, key) for key in RANGES}
+    for key, (low, high) in RANGES.items():
+        if not low <= options[key] <= high:
+            raise UserError(f"--{key} {options[key]}: must be a number from {low:,.0f} to {high:,.0f}")
+    frames, window, rate = max(1, round(args.duration * codec.frame_rate)), model.trained_frames, codec.frame_rate
+    if args.stride is not None and not 0.5 < args.stride * rate < window - 0.5:
+        raise UserError(f"--stride {args.stride:g}: must be above 0 and below the {s.segment:g} s of training")
+    stride = window // 2 if args.stride is None else round(args.stride * rate)
+    if frames > window:
+        print(f"{args.duration:g} s is longer than the {s.segment:g} s of training: windows {stride / rate:g} s apart")
+    prompt = load_prompt(args, codec, frames) if args.prompt else None
+    return dict(frames=frames, prompt=prompt, stride=stride, **options)
+
+
+def load_prompt(args, codec, frames):
+    """Load the audio of --continue as codes [1, K, T], without an incomplete last frame, which would end in silence."""
+    wav = load_audio(args.prompt, codec.sample_rate, codec.channels)
+    if math.ceil(wav.shape[1] / codec.hop) >= frames:
+        raise UserError(f"--continue {args.prompt}: {wav.shape[1] / codec.sample_rate:.1f} s long, and --duration is"
+                        f" {args.duration:g} s in total; make --duration longer")  # fmt: skip
+    return encode_long(codec, wav[:, : max(1, wav.shape[1] // codec.hop) * codec.hop])[None]
+
+
+def load_condition(args, name, model, codec):
+    """Load the audio of --melody or --style as wav [channels, samples]. Raises UserError if it cannot be used."""
+    path, embedders = getattr(args, name), model.conditioner.prepended
+    if name not in embedders:
+        raise UserError(f"--{name}: {args.checkpoint} was not trained with it; its conditions are"
+                        f" {', '.join(['text', *embedders])}")  # fmt: skip
+    wav, rate = load_audio(path, codec.sample_rate, codec.channels), soundfile.info(path).samplerate
+    seconds = wav.shape[1] / codec.sample_rate
+    if seconds * CHROMA_RATE < 1:
+        raise UserError(f"--{name} {path}: {seconds:.3f} s long; at least {1 / CHROMA_RATE:g} s are needed")
+    if wav.abs().max() < 1e-3:
+        raise UserError(f"--{name} {path}: is silent, all samples are below -60 dBFS; choose another file")
+    if rate != codec.sample_rate:
+        print(f"--{name} {path}: resampled from {rate} to {codec.sample_rate} Hz")
+    return wav
+
+
+def melody_condition(args, model, s, codec):
+    """Return the pitch classes of --melody, repeated or cut to the duration."""
+    notes = strongest(chroma_of([load_condition(args, "melody", model, codec)], codec.sample_rate))
+    if (notes == SILENCE).all():
+        raise UserError(f"--melody {args.melody}: has no note from C2 to B7 above -60 dBFS; choose another file")
+    needed = math.ceil(args.duration * CHROMA_RATE)
+    window = max(needed, math.ceil(s.segment * CHROMA_RATE))  # silence after the duration would request an ending
+    if len(notes) != needed:
+        print(f"--melody {args.melody}: {'repeated' if len(notes) < needed else 'cut'} to {args.duration:g} s")
+    return notes.repeat(-(-window // len(notes)))[:window]
+
+
+def style_condition(args, model, s, codec):
+    """Return the codes of the middle of --style, and how many codebooks to keep."""
+    if not 1 <= args.style_codebooks <= s.style_codebooks:
+        raise UserError(f"--style_codebooks {args.style_codebooks}: must be from 1 to {s.style_codebooks}")
+    codes = encode_long(codec, load_condition(args, "style", model, codec))
+    length = min(model.conditioner.prepended["style"].frames, model.trained_frames // 2)
+    if codes.shape[1] > length:
+        print(f"--style {args.style}: using the middle {length / codec.frame_rate:g} s")
+    elif codes.shape[1] < s.style_seconds[0] * codec.frame_rate:
+        print(f"--style {args.style}: shorter than the excerpts of training, {s.style_seconds[0]:g} s or more")
+    first = max(0, codes.shape[1] - length) // 2
+    return codes[:, first : first + length], args.style_codebooks
+
+
+def other_conditions(args, model, s, codec):
+    """Return the conditions besides text, {"melody": ..., "style": ...}, if given."""
+    functions = {"melody": melody_condition, "style": style_condition}
+    return {name: function(args, model, s, codec) for name, function in functions.items() if getattr(args, name)}
+
+
+def report_captions(captions, embedder, others):
+    """Print which captions are empty or cut off, and which words no training caption contains."""
+    for caption in dict.fromkeys(captions):
+        tokens = len(embedder.tokenizer.encode(caption))
+        if not tokens:
+            print(f"no caption: {'conditioned on ' + ' and '.join(others) if others else 'unconditional music'}")
+        elif tokens > embedder.max_tokens:
+            print(f"'{caption[:40]}...': {tokens} tokens, but the model reads only the first {embedder.max_tokens}")
+    if embedder.words and (unseen := sorted(words_of(captions) - embedder.words)):
+        print(f"words that no training caption contains: {', '.join(unseen)}")
+
+
+def write_sample(path, wav, codec, args, info):
+    """Write wav [channels, samples], `info` as .json, and the .png if requested."""
+    if path.exists():
+        raise UserError(f"{path}: was written by another program meanwhile; choose another --seed or --out")
+    wav = wav if args.loudness == "none" else set_loudness(wav, codec.sample_rate, float(args.loudness))
+    write_audio(path, wav, codec.sample_rate)
+    common.write_json(path.with_suffix(".json"), info)
+    if args.spectrogram:
+        draw_spectrogram(path, path.with_suffix(".png"), codec.sample_rate)
+    tqdm.write(f"wrote {path}", file=sys.stdout)
+
+
+def caption_lists(args):
+    """Yield the given captions as one list. With --interactive, then yield each typed one until an empty line."""
     if args.captions:
         yield args.captions
     if args.interactive:
@@ -136,225 +243,47 @@ def lists_of_captions(args):
         print()
 
 
-# ---------------------------------------------------------------------------------------------- what is asked for
-
-
-def load(args):
-    """-> (the checkpoint's model, ready to generate, its Settings, its codec), on the device that is asked for."""
-    device, dtype = common.pick_device(args.device, args.dtype)
-    model, s, description = load_model(args.checkpoint, device)
-    if device.type == "cpu" and s.dim <= 256:
-        # A second thread gains such small steps nothing, and on a busy machine each of some hundred operations would
-        # wait for it. Nor does bfloat16, unless the step is compiled.
-        torch.set_num_threads(1)
-        dtype = torch.float32 if args.dtype == "auto" and not args.compile else dtype
-    optimize(model, dtype, args.compile)
-    codec = load_codec(description["name"], s.codec_weights if args.codec_weights is None else args.codec_weights)
-    if codec.id != description["id"]:
-        raise UserError(f"{args.checkpoint} is of codec {description['id']}, not {codec.id}; give --codec_weights")
-    return model, s, codec.to(device)
-
-
-def generation_options(args, model, s, codec):
-    """What `generate` and `stream` are told besides conditions and seeds: frames, prompt, stride, cfg ..."""
-    options = {key: getattr(s, key) if getattr(args, key) is None else getattr(args, key) for key in OPTIONS}
-    if not (options["top_k"] >= 0 and 0 <= options["temperature"] < math.inf and 0 <= options["top_p"] <= 1):
-        raise UserError("--top_k and --temperature must be 0 or above, and --top_p between 0 and 1")
-    for key in ("cfg", "cfg_beta"):
-        if not abs(options[key]) < 1e6:
-            raise UserError(f"--{key} {options[key]}: must be a number, 3 or so")
-    frames, trained = max(1, round(args.duration * codec.frame_rate)), model.trained_frames
-    stride = trained // 2
-    if args.stride is not None:
-        if not 0.5 < args.stride * codec.frame_rate < trained - 0.5:
-            raise UserError(f"--stride {args.stride:g}: must be above 0 and below the {s.segment:g} s of training")
-        stride = round(args.stride * codec.frame_rate)
-    if frames > trained:
-        print(f"{args.duration:g} s is past the {s.segment:g} s of training: continuing in windows of that length,"
-              f" {stride / codec.frame_rate:g} s further each time")  # fmt: skip
-    prompt = None
-    if args.prompt:
-        wav = load_audio(args.prompt, codec.sample_rate, codec.channels)
-        if math.ceil(wav.shape[1] / codec.hop) >= frames:
-            raise UserError(
-                f"--continue {args.prompt}: {wav.shape[1] / codec.sample_rate:.1f} s long, and --duration is"
-                f" {args.duration:g} s in all; make --duration longer"
-            )
-        wav = wav[:, : max(1, wav.shape[1] // codec.hop) * codec.hop]  # a frame that ends in silence would be an ending
-        prompt = encode_long(codec, wav)[None]
-    return dict(frames=frames, prompt=prompt, stride=stride, **options)
-
-
-def load_condition(args, name, model, codec):
-    """The wav of --melody or --style, [channels, samples]; raises UserError where it will not do."""
-    path, embedders = getattr(args, name), model.conditioner.prepended
-    if name not in embedders:
-        takes = ", ".join(["text", *embedders])
-        raise UserError(f"--{name}: {args.checkpoint} was not trained with it; its conditions are {takes}")
-    wav, rate = load_audio(path, codec.sample_rate, codec.channels), soundfile.info(path).samplerate
-    seconds = wav.shape[1] / codec.sample_rate
-    if seconds * CHROMA_RATE < 1:
-        raise UserError(f"--{name} {path}: {seconds:.3f} s long; at least {1 / CHROMA_RATE:g} s are needed")
-    if wav.abs().max() < 1e-3:
-        raise UserError(f"--{name} {path}: is silent, with no sample above -60 dBFS once it is mixed to mono")
-    if rate != codec.sample_rate:
-        print(f"--{name} {path}: resampled from {rate} to {codec.sample_rate} Hz")
-    return wav
-
-
-def melody_condition(args, model, s, codec):
-    """The pitch classes of --melody, repeated or cut to the duration."""
-    notes = strongest(chroma_of([load_condition(args, "melody", model, codec)], codec.sample_rate))
-    if (notes == SILENCE).all():
-        raise UserError(f"--melody {args.melody}: no note is heard in it, between C2 and B7 and above -60 dBFS")
-    needed = math.ceil(args.duration * CHROMA_RATE)
-    window = max(needed, math.ceil(s.segment * CHROMA_RATE))  # silence after it would ask for an ending
-    if len(notes) != needed:
-        print(f"--melody {args.melody}: {'repeated' if len(notes) < needed else 'cut'} to {args.duration:g} s")
-    return notes.repeat(-(-window // len(notes)))[:window]
-
-
-def style_condition(args, model, s, codec):
-    """The codes of the middle of --style, no longer than any excerpt of training, and how many codebooks to keep."""
-    if not 1 <= args.style_codebooks <= s.style_codebooks:
-        raise UserError(f"--style_codebooks {args.style_codebooks}: must be from 1 to training's {s.style_codebooks}")
-    codes = encode_long(codec, load_condition(args, "style", model, codec))
-    most = min(model.conditioner.prepended["style"].frames, model.trained_frames // 2)
-    if codes.shape[1] > most:
-        print(f"--style {args.style}: its middle {most / codec.frame_rate:g} s are taken")
-    elif codes.shape[1] < s.style_seconds[0] * codec.frame_rate:
-        print(f"--style {args.style}: shorter than any in training, which were {s.style_seconds[0]:g} s or more")
-    first = max(0, codes.shape[1] - most) // 2
-    return codes[:, first:][:, :most], args.style_codebooks
-
-
-def other_conditions(args, model, s, codec):
-    """{name: condition} of those besides the text that are asked for."""
-    others = {}
-    if args.melody:
-        others["melody"] = melody_condition(args, model, s, codec)
-    if args.style:
-        others["style"] = style_condition(args, model, s, codec)
-    return others
-
-
-def say_what_is_heard(captions, embedder, others):
-    """Says which captions the model does not hear, or not to their end, and which words it never met in training."""
-    for caption in dict.fromkeys(captions):
-        tokens = len(embedder.tokenizer.encode(caption))
-        if not tokens:
-            print(f"no caption: {'by ' + ' and '.join(others) + ' alone' if others else 'unconditional music'}")
-        elif tokens > embedder.max_tokens:
-            print(f"'{caption[:40]}...': of its {tokens} tokens the model hears the first {embedder.max_tokens}")
-    if embedder.words and (unseen := sorted(words_of(captions) - embedder.words)):
-        print(f"in no caption that the model was trained with: {', '.join(unseen)}")
-
-
-# -------------------------------------------------------------------------------------------------------- writing
-
-
-def set_loudness(wav, sample_rate, lufs):
-    """wav [channels, samples] -> the same at `lufs`, or as near as PEAK allows; silence stays silence."""
-    try:
-        import pyloudnorm  # measures after ITU-R BS.1770-4
-
-        padded = torch.nn.functional.pad(wav, (0, max(0, sample_rate // 2 - wav.shape[1])))  # it needs 0.4 s
-        loudness = pyloudnorm.Meter(sample_rate).integrated_loudness(padded.T.numpy())
-    except ImportError:
-        loudness = 10 * math.log10(max(1e-12, float(wav.square().sum(0).mean())))
-    if not math.isfinite(loudness) or wav.abs().max() == 0:
-        return wav
-    return wav * min(10 ** ((lufs - loudness) / 20), PEAK / float(wav.abs().max()))
-
-
-def write_sample(path, wav, codec, args, about):
-    """A sample, its .json and maybe its .png; wav [channels, samples]."""
-    if path.exists():
-        raise UserError(f"{path}: is there already, by another program meanwhile; choose another --seed or --out")
-    if args.loudness != "none":
-        wav = set_loudness(wav, codec.sample_rate, float(args.loudness))
-    write_audio(path, wav, codec.sample_rate)
-    common.write_json(path.with_suffix(".json"), about)
-    if args.spectrogram:
-        try:
-            draw_spectrogram(path, path.with_suffix(".png"), codec.sample_rate)
-        except ImportError:
-            raise UserError("--spectrogram: needs Pillow; pip install pillow, or leave it out") from None
-    tqdm.write(f"wrote {path}", file=sys.stdout)
-
-
-def to_pcm(wav):
-    """wav [channels, samples] -> interleaved signed 16-bit little-endian samples, an array [samples, channels]."""
-    return (32767 * wav.clamp(-1, 1)).round().T.cpu().numpy().astype("<i2")
-
-
-def play(codec, parts):
-    """Codes [1, K, n], as they come, to stdout as raw samples."""
-    started, waited, samples = time.monotonic(), 0.0, 0
-    try:
-        for wav in decode_stream(codec, parts):
-            pcm = to_pcm(wav[0])
-            writing = time.monotonic()
-            if not samples:
-                print(f"first audio after {writing - started:.2f} s", flush=True)
-            sys.__stdout__.buffer.write(pcm.tobytes())
-            sys.__stdout__.flush()
-            waited, samples = waited + time.monotonic() - writing, samples + len(pcm)
-    except BrokenPipeError:
-        common.drop_output(sys.__stdout__)  # with what is flushed when python ends
-        print("the player has gone")
-    seconds = samples / codec.sample_rate
-    print(f"{seconds:.1f} s of music, {seconds / (time.monotonic() - started - waited):.1f} x real time")
-
-
 def main():
     args = parse_arguments()
     args.captions = read_captions(args)
     check_arguments(args)
     if args.stream:
-        sys.stdout = sys.stderr  # stdout is for the music
+        sys.stdout = sys.stderr  # for messages, because stdout is for the samples
     model, s, codec = load(args)
     where = common.describe_device(model.heads.weight.device, model.heads.weight.dtype)
-    print(f"on {where} by {type(model.heads).__name__}")  # torch's or linear.py's
-    options = generation_options(args, model, s, codec)
-    others = other_conditions(args, model, s, codec)
+    print(f"on {where}, linear layers: {type(model.heads).__name__}")
+    options, others = generation_options(args, model, s, codec), other_conditions(args, model, s, codec)
     if args.stream:
-        say_what_is_heard(args.captions, model.conditioner.text, others)
-        conditions = [{"text": args.captions[0], **others}]
-        return play(codec, stream(model, conditions, seeds=[args.seed], **options))
+        report_captions(args.captions, model.conditioner.text, others)
+        parts = stream(model, [{"text": args.captions[0], **others}], seeds=[args.seed], **options)
+        return write_stream(codec, parts)
 
-    about = {
-        **vars(args),
-        **{key: options[key] for key in OPTIONS},
-        "code": common.git("describe", "--always", "--dirty", "--abbrev=40").strip(),
-        "settings": vars(s),
-    }
-    single = Path(args.out).suffix.lower() in FORMATS
-    folder = Path(args.out).parent if single else Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    seeds = itertools.count(args.seed)
-    for captions in lists_of_captions(args):
-        say_what_is_heard(captions, model.conditioner.text, others)
-        wanted = [(caption, next(seeds)) for caption in captions for _ in range(args.n)]
-        paths = [Path(args.out) if single else folder / f"{file_name(*one)}.{args.format}" for one in wanted]
-        suffixes = [".json", ".png"][: 1 + args.spectrogram]
-        made = [path.with_suffix(suffix) for path in paths for suffix in (path.suffix, *suffixes)]
-        if taken := next(filter(Path.exists, made), None):
-            error = UserError(f"{taken}: is there already; choose another --seed or --out, or remove it")
+    code = common.git("describe", "--always", "--dirty", "--abbrev=40").strip()
+    info = {**vars(args), **{key: options[key] for key in RANGES}, "code": code, "settings": vars(s)}
+    out, seeds = Path(args.out), itertools.count(args.seed)
+    is_file = out.suffix.lower() in FORMATS
+    (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
+    for captions in caption_lists(args):
+        report_captions(captions, model.conditioner.text, others)
+        requests = [(caption, next(seeds)) for caption in captions for _ in range(args.n)]
+        paths = [out if is_file else out / f"{file_name(*request)}.{args.format}" for request in requests]
+        suffixes = ("", ".json", ".png")[: 2 + args.spectrogram]
+        files = [path.with_suffix(suffix or path.suffix) for path in paths for suffix in suffixes]
+        if existing := next(filter(Path.exists, files), None):
+            error = UserError(f"{existing}: exists already; choose another --seed or --out, or remove it")
             if not args.interactive:
                 raise error
             print(error)
             continue
-        frames = -(-len(wanted) // args.batch) * options["frames"]
+        frames = -(-len(requests) // args.batch) * options["frames"]
         with tqdm(total=frames, desc="generating", unit="frame", file=sys.stdout) as bar:
-            for first in range(0, len(wanted), args.batch):
-                batch = wanted[first : first + args.batch]
-                conditions = [{"text": caption, **others} for caption, _ in batch]
-                seeds_of_batch = [seed for _, seed in batch]
-                codes = generate(model, conditions, seeds=seeds_of_batch, progress=bar.update, **options)
-                for path, (caption, seed), clip in zip(paths[first:], batch, codes):
+            for first in range(0, len(requests), args.batch):
+                names, batch_seeds = zip(*requests[first : first + args.batch])
+                conditions = [{"text": caption, **others} for caption in names]
+                codes = generate(model, conditions, seeds=batch_seeds, progress=bar.update, **options)
+                for path, caption, seed, clip in zip(paths[first:], names, batch_seeds, codes):
                     wav = codec.decode(clip[None])[0].cpu()
-                    write_sample(path, wav, codec, args, {**about, "caption": caption, "seed": seed})
+                    write_sample(path, wav, codec, args, {**info, "caption": caption, "seed": seed})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Text to music in twenty minutes on a laptop, with nothing to download but the packages.
+"""Text to music in twenty minutes on a laptop. Downloads nothing except the packages.
 
-The corpus is synthesised and its captions with it, the codec ships with the repository. Where this departs from
-MusicGen (config/demo_reference.py) it is to obey captions sooner: short items, and shorter ones in turn, have more
-beginnings, where the caption alone can say what comes; the first codebooks carry what one hears; and rotary positions
-carry rhythm (docs/numbers.md).
+The corpus and its captions are synthesized, and the codec is part of the repository. config/demo_reference.py has
+MusicGen's choices. This file differs so that a short run follows captions better (docs/numbers.md): short items, and
+half of the steps with even shorter ones, contain more beginnings, where only the caption determines the music;
+codebook_weights favours the first codebooks, which carry the most audible information; rotary positions help rhythm.
 """
 
 out = "out/demo"

@@ -1,4 +1,4 @@
-"""The demo with a melody to follow as well: its pitch classes stand before the sequence."""
+"""The demo with melody conditioning: pitch classes are prepended to the sequence."""
 
 from config.demo_reference import *
 

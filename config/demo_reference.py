@@ -1,4 +1,4 @@
-"""The demo with MusicGen's own choices, and as much music in all: sinusoids, long items, nothing weighted."""
+"""The demo with MusicGen's choices, for the same amount of music: sinusoidal positions, long items, equal weights."""
 
 from config.demo import *
 

@@ -1,6 +1,6 @@
-"""The demo with a style to take after as well: what an excerpt sounds like stands before the sequence.
+"""The demo with style conditioning: the embedding of an excerpt is prepended to the sequence.
 
-What a style says is mostly in a clip's first frames, so that half as long items, twice as many of them, teach more.
+The style matters most in the first frames of an item, so items are half as long and twice as many.
 """
 
 from config.demo_reference import *

@@ -1,11 +1,11 @@
-"""MusicGen small's published weights, taught one's own captions.
+"""Fine-tune MusicGen small's published weights on your captions.
 
     python prepare.py MUSIC --out data/music --codec musicgen_32khz --codec_weights CODEC
     python train.py config/finetune.py --codec_weights=CODEC --init_from=out/imported/best.pt
     python train.py config/finetune.py --codec_weights=CODEC --init_from=out/finetune/best.pt --freeze= --lr=1e-5
         --out=out/finetuned
 
-The first run trains the text embedder alone, which starts anew in T5's place; the second all of the model.
+The first run trains only the text embedder, which replaces T5 and starts untrained. The second run trains all weights.
 """
 
 from config.small import *

@@ -1,4 +1,4 @@
-"""MusicGen large (2048 wide, 32 heads, 48 layers), whose recipe drops less and clips later."""
+"""MusicGen large: width 2048, 32 heads, 48 layers, with the dropout and gradient clipping of its recipe."""
 
 from config.small import *
 

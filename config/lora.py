@@ -1,4 +1,4 @@
-"""MusicGen small's published weights with low-rank matrices learned beside them: a fine-tune for a 16 GB GPU.
+"""Fine-tune MusicGen small's published weights with LoRA on a 16 GB GPU.
 
 python train.py config/lora.py --codec_weights=CODEC --init_from=out/imported/best.pt
 """

@@ -1,4 +1,4 @@
-"""MusicGen medium (1536 wide, 24 heads, 48 layers)."""
+"""MusicGen medium: width 1536, 24 heads, 48 layers."""
 
 from config.small import *
 

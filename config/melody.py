@@ -1,9 +1,9 @@
-"""MusicGen melody: small's recipe with the melody's pitch classes before the sequence.
+"""MusicGen melody: the recipe of small, with the melody's pitch classes prepended to the sequence.
 
     python prepare.py MUSIC --out data/music --codec encodec_24khz:3
     python train.py config/melody.py
 
-For the published model's size, begin the file with `from config.medium import *`.
+For the size of the published model, begin this file with `from config.medium import *`.
 """
 
 from config.small import *

@@ -1,4 +1,4 @@
-"""One batch to near-zero loss in a minute: the first thing to run after a change."""
+"""Overfit one batch to a loss near 0 in a minute: run this first after a change of the code."""
 
 from config.demo import *
 

@@ -1,9 +1,9 @@
-"""MusicGen small (1024 wide, 16 heads, 24 layers) and its recipe, over the published 24 kHz EnCodec at K = 4.
+"""MusicGen small: width 1024, 16 heads, 24 layers, with the published 24 kHz EnCodec at K = 4.
 
     python prepare.py MUSIC --out data/music --codec encodec_24khz:3
     python train.py config/small.py
 
-Where it departs from the paper and audiocraft: docs/training.md, at its end.
+The end of docs/training.md lists the differences from the paper and from audiocraft.
 """
 
 out = "out/small"

@@ -1,4 +1,4 @@
-"""MusicGen-Style (arXiv:2407.12563): small's recipe with an excerpt's style before the sequence.
+"""MusicGen-Style (arXiv:2407.12563): the recipe of small, with the style of an excerpt prepended to the sequence.
 
 python prepare.py MUSIC --out data/music --codec encodec_24khz:3
 python train.py config/style.py

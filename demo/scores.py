@@ -1,10 +1,9 @@
-"""Music to train the `tiny` codec on, composed here at random or read from MIDI files, and played by fluidsynth.
+"""Make training music for the `tiny` codec: composed at random or read from MIDI files, and played by fluidsynth.
 
     apt-get install fluidsynth fluid-soundfont-gm     # the sound font is Frank Wen's, under the MIT licence
     python -m demo.scores data/scores --midi freedoom1.wad freedoom2.wad
 
-Writes OUT/music, pieces for General MIDI's instruments, OUT/midi, the given files, both mixed as records are, and
-OUT/tests, tones, sweeps and noise.
+OUT/music: random music for General MIDI instruments. OUT/midi: the given files. OUT/tests: tones, sweeps and noise.
 """
 
 import argparse
@@ -22,14 +21,14 @@ import torch
 from tqdm import tqdm
 
 import common
-from codec import load_audio, write_audio
+from audio import load_audio, write_audio
 from demo.corpus import SAMPLE_RATE, pick
 
-SECONDS, TICKS = 60, 480  # the length of a piece, MIDI ticks in a beat
+SECONDS, TICKS = 60, 480  # length of composed music, MIDI ticks per beat
 SOUND_FONT = "/usr/share/sounds/sf2/FluidR3_GM.sf2"
 SCALES = [(0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 3, 5, 7, 9, 10), (0, 2, 4, 5, 7, 9, 10)]
-SHAPES = [(0, 2, 4), (0, 2, 4), (0, 2, 4, 6), (0, 1, 4), (0, 4, 9), (0, 2, 4, 8)]  # of chords, in degrees
-CAST = {  # the instruments that often play a part, numbered from 0; at times any other does
+SHAPES = [(0, 2, 4), (0, 2, 4), (0, 2, 4, 6), (0, 1, 4), (0, 4, 9), (0, 2, 4, 8)]  # chords, in degrees of the scale
+PROGRAMS = {  # General MIDI numbers, from 0, of the usual instruments of each role
     "bass": [32, 33, 33, 34, 35, 36, 38, 39, 43, 58, 67],
     "chords": [0, 0, 1, 2, 4, 5, 7, 16, 18, 19, 21, 24, 25, 26, 27, 28, 29, 30, 46, 48, 61],
     "pad": [48, 48, 49, 50, 51, 52, 53, 54, 88, 89, 90, 91, 92, 94, 95, 19, 60],
@@ -41,7 +40,7 @@ DRUMS = [(35, 36), (37, 38, 38, 39, 40), (42, 42, 44, 46, 51, 70), (45, 47, 49, 
 
 
 def compose(rng, role, chords, bar):
-    """A section of a part over a chord per bar -> notes as (beat, length, degree of the scale or drum, loudness)"""
+    """Compose a section, with a chord per bar: yield notes as (beat, length, scale degree or drum, loudness)."""
     grid = np.arange(0, bar, pick(rng, [0.5, 0.5, 1]))
     rhythm = grid[(rng.random(len(grid)) < rng.uniform(0.3, 1)) | (grid == 0)]
     lengths = np.diff([*rhythm, bar]) * rng.uniform(0.3, 1.1)
@@ -75,22 +74,22 @@ def compose(rng, role, chords, bar):
 
 
 def make_midi(rng):
-    """A piece of SECONDS, of three sections in any order -> MIDI file, as bytes"""
+    """Compose SECONDS of music from three sections in random order: return a MIDI file, bytes."""
     bpm, bar, scale, low = rng.uniform(55, 180), pick(rng, [3, 4, 4, 4]), pick(rng, SCALES), int(rng.integers(54, 66))
     form, shape = rng.integers(0, 3, int(np.ceil(SECONDS * bpm / 60 / (4 * bar)))), pick(rng, SHAPES)
     progressions = [[[root + tone for tone in shape] for root in rng.integers(-3, 5, 4)] for _ in range(3)]
-    shares = {"bass": [0, 1, 1], "melody": [0, 1, 1, 2], "drums": [0, 1, 1]}
-    roles = [role for role in CAST for _ in range(pick(rng, shares.get(role, [0, 0, 1, 2])))] or ["melody"]
+    counts = {"bass": [0, 1, 1], "melody": [0, 1, 1, 2], "drums": [0, 1, 1]}
+    roles = [role for role in PROGRAMS for _ in range(pick(rng, counts.get(role, [0, 0, 1, 2])))] or ["melody"]
     events = [(0, 0, b"\xff\x51\x03" + struct.pack(">I", int(60e6 / bpm))[1:])]
     for channel, role in zip([*range(len(roles) - 1), 9 if "drums" in roles else len(roles) - 1], roles):
-        program = int(rng.integers(120)) if role != "drums" and rng.random() < 0.25 else pick(rng, CAST[role])
+        program = int(rng.integers(120)) if role != "drums" and rng.random() < 0.25 else pick(rng, PROGRAMS[role])
         events.append((0, 1, bytes([0xC0 + channel, program])))
-        for control, most in ((7, 128), (91, 128), (93, 90), (1, 40)):  # volume, reverb, chorus, vibrato
-            events.append((0, 1, bytes([0xB0 + channel, control, rng.integers(50 if control == 7 else 0, most)])))
+        for control, limit in ((7, 128), (91, 128), (93, 90), (1, 40)):  # volume, reverb, chorus, vibrato
+            events.append((0, 1, bytes([0xB0 + channel, control, rng.integers(50 if control == 7 else 0, limit)])))
         lowest = low + (pick(rng, [-12, 0, 0, 12]) if role != "bass" else 0)
         parts = [list(compose(rng, role, chords, bar)) for chords in progressions]
-        force, plays = rng.uniform(60, 127), rng.random(len(form)) < rng.uniform(0.5, 1.1)
-        for i in np.flatnonzero(plays):
+        force, is_playing = rng.uniform(60, 127), rng.random(len(form)) < rng.uniform(0.5, 1.1)
+        for i in np.flatnonzero(is_playing):
             for beat, length, key, loudness in parts[form[i]]:
                 key = key if role == "drums" else lowest + 12 * (key // 7) + scale[key % 7]
                 beat = 4 * bar * i + beat + abs(rng.normal(0, 0.01))
@@ -100,12 +99,12 @@ def make_midi(rng):
     track, now = b"", 0
     for tick, _, message in [*sorted(events), (int(SECONDS * bpm / 60 * TICKS), 0, b"\xff\x2f\x00")]:
         delta, now = max(0, tick - now), tick
-        track += bytes([0x80 | delta >> 14 & 127, 0x80 | delta >> 7 & 127, delta & 127]) + message  # 7 bits a byte
+        track += bytes([0x80 | delta >> 14 & 127, 0x80 | delta >> 7 & 127, delta & 127]) + message  # 7 bits per byte
     return b"MThd" + struct.pack(">IHHH", 6, 0, 1, TICKS) + b"MTrk" + struct.pack(">I", len(track)) + track
 
 
 def read_midi(path):
-    """A .mid file, or a Doom .wad, which holds several -> [(name, bytes)]"""
+    """Read a .mid file, or a Doom .wad with several: return [(name, bytes)]."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -118,14 +117,14 @@ def read_midi(path):
     except struct.error:
         kind = b""
     if kind not in (b"IWAD", b"PWAD"):
-        raise common.UserError(f"{path}: is no .wad file, or not whole; give one, or .mid files")
-    pieces = [(name.split(b"\0")[0].decode("ascii", "replace"), start, size) for start, size, name in lumps]
-    pieces = [(f"{path.stem}_{name}", content[start : start + size]) for name, start, size in pieces]
-    return [(name, piece) for name, piece in pieces if piece.startswith(b"MThd")]
+        raise common.UserError(f"{path}: not a .wad file, or cut off; pass another, or .mid files")
+    scores = [(name.split(b"\0")[0].decode("ascii", "replace"), content[start : start + size])
+              for start, size, name in lumps]  # fmt: skip
+    return [(f"{path.stem}_{name}", score) for name, score in scores if score.startswith(b"MThd")]
 
 
-def play(name, score, seconds, rng):
-    """A MIDI file's bytes as fluidsynth plays it, with equalizer, compressor, saturation, level and hiss at random"""
+def render(name, score, seconds, rng):
+    """Render a MIDI file, bytes, with random equalizer, compressor, saturation, level and hiss: float [samples]."""
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder, "score.mid"), Path(folder, "out.wav")
         path.write_bytes(score)
@@ -133,7 +132,7 @@ def play(name, score, seconds, rng):
         subprocess.run(["fluidsynth", *options, out, SOUND_FONT, path], check=True, capture_output=True)
         wav = load_audio(out, SAMPLE_RATE)[0, : seconds * SAMPLE_RATE].numpy()
     if len(wav) < SAMPLE_RATE:
-        raise common.UserError(f"{name}: fluidsynth plays nothing of it; is it a whole MIDI file?")
+        raise common.UserError(f"{name}: fluidsynth plays less than a second; remove the file if it is damaged")
     octaves = np.log2(np.maximum(np.fft.rfftfreq(len(wav), 1 / SAMPLE_RATE), 31.25) / 31.25)
     curve = np.interp(octaves, range(9), rng.normal(0, 3, 9) - rng.uniform(0, 3) * np.arange(9))  # dB
     wav = np.fft.irfft(np.fft.rfft(wav) * 10 ** (curve / 20), len(wav))
@@ -145,7 +144,7 @@ def play(name, score, seconds, rng):
 
 
 def make_test(rng):
-    """28 sounds that are no music, of 0.3 to 4 s and -46 to -1 dBFS"""
+    """Make 28 test sounds of 0.3 to 4 s and -46 to -1 dBFS, with silence between them: float [samples]."""
     sounds = []
     for kind in rng.integers(0, 8, 28):
         t = np.arange(int(SAMPLE_RATE * rng.uniform(0.3, 4))) / SAMPLE_RATE
@@ -168,20 +167,20 @@ def make_test(rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder; what it has already is not made again")
-    parser.add_argument("--minutes", type=int, default=240, help="of composed music (default: %(default)s)")
-    parser.add_argument("--midi", type=Path, nargs="+", default=[], metavar="FILE", help="to play too, .mid or .wad")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder; existing files are kept")
+    parser.add_argument("--minutes", type=int, default=240, help="minutes of composed music (default: %(default)s)")
+    parser.add_argument("--midi", type=Path, nargs="+", default=[], metavar="FILE", help=".mid or .wad, to render too")
     args = parser.parse_args()
-    for needed in (shutil.which("fluidsynth") or "fluidsynth", SOUND_FONT):
-        if not Path(needed).exists():
-            raise common.UserError(f"{needed}: not found; apt-get install fluidsynth fluid-soundfont-gm")
-    works = {f"tests/tests_{i:04d}": make_test for i in range(0, args.minutes, 10)}
+    for path in (shutil.which("fluidsynth") or "fluidsynth", SOUND_FONT):
+        if not Path(path).exists():
+            raise common.UserError(f"{path}: not found; apt-get install fluidsynth fluid-soundfont-gm")
+    jobs = {f"tests/tests_{i:04d}": make_test for i in range(0, args.minutes, 10)}
     for i in range(args.minutes):
-        works[f"music/music_{i:04d}"] = lambda rng: play("a composed piece", make_midi(rng), SECONDS, rng)
+        jobs[f"music/music_{i:04d}"] = lambda rng: render("composed music", make_midi(rng), SECONDS, rng)
     for path in args.midi:
         for name, score in read_midi(path):
-            works[f"midi/{name}"] = functools.partial(play, path, score, 150)
-    for name, make in tqdm(works.items(), desc=str(args.out), file=sys.stdout, mininterval=1):
+            jobs[f"midi/{name}"] = functools.partial(render, path, score, 150)
+    for name, make in tqdm(jobs.items(), desc=str(args.out), file=sys.stdout, mininterval=1):
         path, rng = args.out / f"{name}.flac", np.random.default_rng(zlib.crc32(name.encode()))
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():

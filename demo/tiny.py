@@ -1,9 +1,9 @@
-"""The network of the `tiny` codec: encodec's residual VQ between a ConvNeXt encoder and a Vocos-like decoder.
+"""The network of the `tiny` codec: encodec's residual VQ between a ConvNeXt encoder and a decoder like Vocos.
 
-As long as the codes stay the same, a decoder of spectra gives the same frame again, so that a held tone becomes a
-multiple of the frame rate: 450 Hz for 440. So this one has oscillators too, which run on from frame to frame.
+While the codes stay the same, a decoder of spectra repeats one frame, so a held tone becomes a multiple of the frame
+rate: 450 Hz instead of 440. This decoder therefore adds oscillators, which continue from frame to frame.
 
-Made by demo/train_tiny.py; the weights are demo/tiny.pt, and demo/README.md is their card.
+demo/train_tiny.py trains it. The weights are demo/tiny.pt, with demo/README.md as their model card.
 
 Letters: B batch, T frames, D width, K codebooks, N tones.
 """
@@ -24,21 +24,21 @@ WEIGHTS = Path(__file__).parent / "tiny.pt"
 CODEC_FORMAT = 2
 SAMPLE_RATE, FRAME_RATE = 16_000, 50
 HOP = SAMPLE_RATE // FRAME_RATE
-# Hz: quarter tones from a double bass's lowest note to 2.5 kHz. They are even, so that after half a second, PERIOD
-# frames, each stands where it began, and a stream can be decoded from there.
+# Quarter tones from a double bass's lowest note to 2.5 kHz, in Hz, rounded to even numbers: after PERIOD frames, half a
+# second, every phase repeats, so a stream can be decoded from any multiple of PERIOD.
 TONES = (41.2 * 2 ** (torch.arange(143) / 24) / 2).round().unique() * 2
 PERIOD = FRAME_RATE // 2
 
 
 def log_stft(wav, n_fft, bins=slice(None)):
-    """wav [B, T * HOP] -> log-magnitudes of these bins [B, bins, T]; frame t is centred on its own hop."""
+    """Return the log-magnitudes [B, bins, T] of wav [B, T * HOP]. Frame t is centred on hop t."""
     side, window = (n_fft - HOP) // 2, torch.hann_window(n_fft, device=wav.device)
     stft = torch.stft(F.pad(wav, (side, side)), n_fft, HOP, window=window, center=False, return_complex=True)
     return stft[:, bins].abs().clamp(min=1e-4).log()
 
 
 def tone_levels(wav, n_fft=4096):
-    """wav [B, T * HOP] -> the log-amplitude of a sinusoid at each of TONES, [B, N, T]."""
+    """Return the log-amplitude of a sinusoid at each of TONES, [B, N, T], in wav [B, T * HOP]."""
     bins = (TONES * n_fft / SAMPLE_RATE).round().long()
     return log_stft(wav, n_fft, bins) - math.log(n_fft / 4)
 
@@ -60,7 +60,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Log-magnitude STFT frames and tone levels -> latents: [B, 1, samples] -> [B, D, T]. No phase is heard."""
+    """wav [B, 1, samples] -> latents [B, D, T], from log-magnitude STFT frames and tone levels. It ignores phase."""
 
     def __init__(self, n_fft, dim, hidden, layers, latent):
         super().__init__()
@@ -78,17 +78,16 @@ class TinyEncoder(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latents -> magnitude and phase -> inverse STFT (Vocos, arXiv:2306.00814): [B, D, T] -> [B, 1, T * HOP].
+    """Latents [B, D, T] -> magnitude and phase -> inverse STFT (Vocos, arXiv:2306.00814) -> wav [B, 1, T * HOP].
 
-    To its frames a bank of oscillators is added (DDSP, arXiv:2001.04643), one for each of TONES, whose amplitudes are
-    decoded frame by frame.
+    It adds a bank of oscillators (DDSP, arXiv:2001.04643), one for each of TONES, with an amplitude for each frame.
     """
 
     def __init__(self, n_fft, dim, hidden, layers, latent):
         super().__init__()
         self.n_fft = n_fft
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
-        self.register_buffer("radians", 2 * math.pi * TONES / SAMPLE_RATE, persistent=False)  # of a sample, [N]
+        self.register_buffer("radians", 2 * math.pi * TONES / SAMPLE_RATE, persistent=False)  # per sample, [N]
         within = torch.arange(n_fft)[:, None] * self.radians
         self.register_buffer("waves", torch.cat([within.cos(), within.sin()], dim=1), persistent=False)  # [n_fft, 2 N]
         self.inp = nn.Conv1d(latent, dim, 7, padding=3)
@@ -98,14 +97,14 @@ class TinyDecoder(nn.Module):
         self.tones = nn.Linear(dim, len(TONES))
 
     def forward(self, latents):
-        return self.synthesise(self.features(latents))
+        return self.synthesize(self.features(latents))
 
     def features(self, latents):
-        """[B, D, T] -> [B, T, dim]."""
+        """latents [B, D, T] -> features [B, T, dim]."""
         return self.norm(self.blocks(self.inp(latents)).transpose(1, 2))
 
-    def synthesise(self, x):
-        """[B, T, dim] -> [B, 1, T * HOP]."""
+    def synthesize(self, x):
+        """features x [B, T, dim] -> wav [B, 1, T * HOP]."""
         log_magnitude, phase = self.out(x).transpose(1, 2).chunk(2, dim=1)
         spectrum = torch.polar(log_magnitude.clamp(max=7).exp(), phase)
         window = self.window[:, None]
@@ -118,14 +117,14 @@ class TinyDecoder(nn.Module):
         return wav[:, :, 0, side:-side]
 
     def oscillators(self, levels):
-        """Log-amplitudes [B, T, N] -> frames [B, n_fft, T], by cos(a + b) = cos a cos b - sin a sin b."""
+        """Log-amplitudes [B, T, N] -> frames [B, n_fft, T], using cos(a + b) = cos a cos b - sin a sin b."""
         amplitude = levels.clamp(max=1).exp()
         start = torch.arange(levels.shape[1], device=levels.device)[:, None] % PERIOD * HOP * self.radians
         return self.waves @ torch.cat([amplitude * start.cos(), -amplitude * start.sin()], dim=2).transpose(1, 2)
 
 
 class TinyCodec(nn.Module):
-    """Frames in, frames out, with encodec's own residual VQ between; the same three parts as `EncodecModel`."""
+    """TinyEncoder, encodec's residual VQ and TinyDecoder, under the names that `EncodecModel` has for its parts."""
 
     sample_rate, channels, frame_rate = SAMPLE_RATE, 1, FRAME_RATE
 
@@ -135,13 +134,14 @@ class TinyCodec(nn.Module):
         self.config = dict(n_fft=n_fft, dim=dim, hidden=hidden, encoder_layers=encoder_layers,
                            decoder_layers=decoder_layers, latent=latent, K=K, card=card)  # fmt: skip
         self.encoder = TinyEncoder(n_fft, dim, hidden, encoder_layers, latent)
-        # A batch holds about 1.5 frames per code, so encodec's default threshold of 2 would expire codes in use.
+        # A training batch has about 1.5 frames per code, so encodec's default threshold of 2 would replace used codes.
         self.quantizer = ResidualVectorQuantizer(latent, n_q=K, bins=card, kmeans_iters=10, threshold_ema_dead_code=0.1)
         self.decoder = TinyDecoder(n_fft, dim, hidden, decoder_layers, latent)
-        self.reach = 3 * (1 + decoder_layers) + math.ceil((n_fft - HOP) / (2 * HOP))  # frames heard on either side
+        self.reach = 3 * (1 + decoder_layers) + math.ceil((n_fft - HOP) / (2 * HOP))  # context, in frames
 
 
 def load_tiny(path):
+    """Load the TinyCodec that `save_tiny` wrote. Raises UserError for a missing, damaged or other file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("codec_format") != CODEC_FORMAT:
@@ -149,22 +149,21 @@ def load_tiny(path):
         model = TinyCodec(**saved["config"])
         model.load_state_dict({key: value.float() for key, value in saved["model"].items()})
     except FileNotFoundError:
-        raise UserError(f"{path}: no such codec file; train one with: python -m demo.train_tiny train MUSIC") from None
+        raise UserError(f"{path}: no such codec file. Train one with: python -m demo.train_tiny train MUSIC") from None
     except Exception as error:
         raise UserError(f"{path}: cannot be read as a tiny codec ({first_line(error)})") from None
     return model
 
 
-def save_tiny(model, path, **about):
-    """In half precision, deflated, and without the codebooks' running averages, which only training needs: zeros."""
+def save_tiny(model, path, **info):
+    """Write a TinyCodec in half precision, compressed. The codebooks' running averages, for training only, become 0."""
     state = {key: value.half() for key, value in model.state_dict().items()}
     for key in state:
         if key.endswith(("embed_avg", "cluster_size")):
             state[key] = torch.zeros(1, dtype=torch.half).expand_as(state[key])
-    plain = io.BytesIO()
-    torch.save({"codec_format": CODEC_FORMAT, "config": model.config, "model": state, "about": about}, plain)
-    content = io.BytesIO()
-    with zipfile.ZipFile(plain) as parts, zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as smaller:
-        for name in parts.namelist():
-            smaller.writestr(name, parts.read(name))
-    write_file(path, content.getvalue())
+    uncompressed, compressed = io.BytesIO(), io.BytesIO()
+    torch.save({"codec_format": CODEC_FORMAT, "config": model.config, "model": state, "about": info}, uncompressed)
+    with zipfile.ZipFile(uncompressed) as source, zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    write_file(path, compressed.getvalue())

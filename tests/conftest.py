@@ -1,4 +1,4 @@
-"""What the tests share: a toy corpus, its prepared data set, a toy run, and the programs as a user starts them."""
+"""Shared by the tests: a toy corpus, its data set, a toy run, and functions that start programs."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-import torch._dynamo  # this and the next two: what programs import late, for the forks below to have it
+import torch._dynamo  # this and the next two: programs import them late, and the forks below start with them in memory
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp  # noqa: F401
 
@@ -32,15 +32,17 @@ import prepare  # noqa: E402
 import train  # noqa: E402
 from codec import load_codec  # noqa: E402
 from demo import corpus as demo_corpus  # noqa: E402
+from extras import compiler  # noqa: E402
 from model import MusicLM  # noqa: E402
 
-needs_compiler = pytest.mark.skipif(not common.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
+slow = pytest.mark.slow
+needs_compiler = pytest.mark.skipif(not compiler.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
 
 hypothesis.settings.register_profile("usual", max_examples=25, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("long", max_examples=1000, deadline=None, database=None)
 hypothesis.settings.load_profile("usual")
 
-torch.set_num_threads(1)  # toys gain nothing from a second, and the processes that tests start need the other core
+torch.set_num_threads(1)  # a toy model gains nothing from a second thread, and other processes need the core
 
 TOY = (
     "--dim=32 --heads=2 --layers=2 --text_dim=32 --text_heads=2 --text_layers=1 --segment=1 --batch_size=4 --steps=6"
@@ -49,8 +51,16 @@ TOY = (
 ).split()
 
 
+def pytest_collection_modifyitems(items):
+    """Put test_fake_cuda.py first: pytest-xdist gives the first tests to one worker, so that its trace runs once."""
+    items.sort(key=lambda item: item.path.name != "test_fake_cuda.py")
+
+
+# ------------------------------------------------------------------------------------------------------ programs
+
+
 def start(*words, cwd=ROOT, stdout=subprocess.PIPE, **environment):
-    """`python WORDS` as a user types it, on one thread."""
+    """Start `python WORDS` as a user does, on one thread."""
     return subprocess.Popen(
         [sys.executable, *map(str, words)], cwd=cwd, text=True, errors="replace", stdin=subprocess.DEVNULL,
         stdout=stdout, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -59,28 +69,28 @@ def start(*words, cwd=ROOT, stdout=subprocess.PIPE, **environment):
 
 
 def finish(process, status=0):
-    """Its output, once it has ended with `status`."""
+    """Wait for a started program, assert its exit status and return its output."""
     output, _ = process.communicate(timeout=240)
     assert process.returncode == status, output
     return output
 
 
 STARTED = []
-ONE_ASKS = threading.Lock()  # a start asks how all others ended, and of two threads that read that, one finds nothing
+PROCESS_LOCK = threading.Lock()  # two threads that poll child processes at the same time miss an exit
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["conftest"])
 
 
 @pytest.fixture(scope="session", autouse=True)
 def fork_server():
-    """Starts it, where it finds this file."""
+    """Start the fork server where it can import this file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_is_left_running():
+def kill_remaining_processes():
     yield
     for ranks in STARTED:
         ranks.send(signal.SIGKILL)
@@ -88,17 +98,17 @@ def nothing_is_left_running():
 
 
 def is_alive(process):
-    with ONE_ASKS:
+    with PROCESS_LOCK:
         return process.is_alive()
 
 
 class Ranks:
-    """A program's main on several ranks at once, as by torchrun, but as forks of a process that has torch in memory."""
+    """A program's main on several ranks, as torchrun starts it, but in forks of a process that has imported torch."""
 
     def __init__(self, *args, ranks=2, main=train.main, cwd=ROOT, more=None, before=None):
-        """more: {rank: arguments that only it is given}. before: called in each first.
+        """more: {rank: additional arguments}. before: a function that each rank calls first.
 
-        Functions are those of a module, or `functools.partial` of them, as they are pickled.
+        `main` and `before` are pickled, so they are functions of a module, or `functools.partial` of one.
         """
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -113,7 +123,7 @@ class Ranks:
             argv = ["train.py", *map(str, args), *(more or {}).get(rank, ())]
             work = (main, argv, launch, self.files[rank].name, cwd, before)
             self.processes.append(FORKS.Process(target=run_rank, args=work))
-            with ONE_ASKS:
+            with PROCESS_LOCK:
                 self.processes[-1].start()
 
     def output(self, rank=0):
@@ -121,11 +131,13 @@ class Ranks:
         return self.files[rank].read()
 
     def send(self, number, rank=None):
+        """Send a signal to one rank, or to all."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             if is_alive(process):
                 os.kill(process.pid, number)
 
     def wait(self, seconds=200):
+        """Return the exit status of each rank. Fails if one is alive after `seconds`."""
         for process in self.processes:
             multiprocessing.connection.wait([process.sentinel], seconds)
         hung = [process for process in self.processes if is_alive(process)]
@@ -134,13 +146,12 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def finish(self, status=0):
-        """What rank 0 has printed, once all have ended with `status`."""
-        codes = self.wait()
-        assert set(codes) == {status}, "\n".join(map(self.output, range(len(self.files))))
+        """Wait for all ranks, assert their exit status and return rank 0's output."""
+        assert set(self.wait()) == {status}, "\n".join(map(self.output, range(len(self.files))))
         return self.output()
 
     def wait_for(self, path, lines):
-        """Until a log has so many lines."""
+        """Wait until a log has this many lines."""
         while not (path.exists() and len(path.read_text().splitlines()) >= lines):
             assert any(map(is_alive, self.processes)), self.output()
             time.sleep(0.005)
@@ -169,6 +180,44 @@ def run_rank(main, argv, launch, path, cwd, before):
     os._exit(status)
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a program's main in this process: a function of (module, arguments) -> (exit status, output)."""
+
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            common.run(module.main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            common.LOCKS.clear()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            torch.set_flush_denormal(False)
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture
+def train_toy(command, dataset):
+    """Train the toy in this process: a function of (its folder, other settings) -> output. Asserts the exit status."""
+
+    def call(out, *settings, status=0):
+        actual, output = command(train, *TOY, f"--data={dataset}", f"--out={out}", *settings)
+        assert actual == status, output
+        return output
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------- data and runs
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
@@ -184,22 +233,22 @@ def dataset(corpus, tmp_path_factory):
 
 
 @pytest.fixture
-def own_dataset(dataset, tmp_path):
-    """A copy that a test may spoil."""
+def dataset_copy(dataset, tmp_path):
+    """A copy of the data set that a test may change."""
     return Path(shutil.copytree(dataset, tmp_path / "data"))
 
 
 @pytest.fixture(scope="session")
 def toy_run(dataset, tmp_path_factory):
-    """The folder of a toy run made by the real command line, and what it printed."""
+    """The folder of a toy run, started as a user starts it, and its output."""
     out = tmp_path_factory.mktemp("runs") / "toy"
     output = finish(start("train.py", *TOY, f"--data={dataset}", f"--out={out}"))
     return out, output
 
 
 @pytest.fixture(scope="session")
-def of_all_conditions(toy_run, tmp_path_factory):
-    """A best.pt of the toy's sizes, untrained but for its style quantiser, that takes text, melody and style."""
+def all_conditions(toy_run, tmp_path_factory):
+    """A best.pt of the toy's sizes with text, melody and style. Only its style codebooks are trained."""
     saved = load(toy_run[0] / "best.pt")
     saved["settings"] |= dict(
         melody=True, style=True, style_dim=32, style_heads=2, style_bins=16, style_seconds=(0.5, 1.0)
@@ -209,7 +258,7 @@ def of_all_conditions(toy_run, tmp_path_factory):
     style = model.conditioner.prepended["style"]
     style.set_codec(load_codec("tiny"))
     for _ in range(10):
-        style(*style.prepare([(torch.randint(512, (4, 50)), None) for _ in range(4)]))
+        style(*style.tokenize([(torch.randint(512, (4, 50)), None) for _ in range(4)]))
         style.vq.update()
     with torch.no_grad():
         model.heads.weight.mul_(20)
@@ -218,27 +267,7 @@ def of_all_conditions(toy_run, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs a program's main in this process, as `common.run` would: -> (exit status, what it printed)."""
-
-    def call(module, *args):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        try:
-            common.run(module.main)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        finally:
-            common.HELD.clear()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            torch.set_flush_denormal(False)
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
-
-    return call
+# ----------------------------------------------------------------------------------------------------- comparisons
 
 
 def lines(path):
@@ -260,7 +289,7 @@ def states_equal(a, b):
 
 
 def same_run(a, b, name="last.pt"):
-    """Whether two runs' checkpoints are equal bit for bit, but for the name of their folder."""
+    """Return whether two runs' checkpoints are equal bit for bit, except for the setting `out`."""
     states = [load(folder / name) for folder in (a, b)]
     for saved in states:
         saved["settings"].pop("out")
@@ -268,5 +297,5 @@ def same_run(a, b, name="last.pt"):
 
 
 def untimed(path):
-    """The lines of a log without what depends on the machine's speed."""
+    """Return the lines of a log without the numbers that depend on the machine's speed."""
     return [{key: line[key] for key in line if key not in ("tokens_per_s", "data_wait")} for line in lines(path)]

@@ -1,4 +1,4 @@
-"""Bad input gets one line that says what was wrong, where, and what to do; status 2; and nothing half-written."""
+"""Bad input ends a program with status 2 and one line: the problem, the place, the remedy. No half-written files."""
 
 import json
 import signal
@@ -9,49 +9,63 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import TOY, Ranks, finish, load, start
+from conftest import TOY, Ranks, finish, load, slow, start
 
-import common
 import config
 import log
 import prepare
 import sample
 import train
-from codec import write_audio
+from audio import write_audio
 from common import UserError
 from demo import corpus as demo_corpus
 from demo.tiny import WEIGHTS
-from tools.estimate import in_one_line
+from extras import compiler
+from tools.estimate import advise_on_memory
 
 TONE = 0.3 * np.sin(np.arange(32_000) / 10)
 
 
-def refused(result, *parts):
+def assert_refused(result, *parts):
+    """Assert that (status, output) is an error of one line that contains these parts."""
     status, output = result
     assert status == 2, output
-    last = output.strip().splitlines()[-1]
-    assert ": error: " in last and "Traceback" not in output
+    message = output.strip().splitlines()[-1]
+    assert ": error: " in message and "Traceback" not in output
     for part in parts:
-        assert part in last, last
+        assert part in message, message
 
 
-def test_the_real_command_line_ends_with_status_2_and_one_line():
+def has_no_files(folder):
+    return not any(path.name != ".lock" for path in folder.glob("*"))
+
+
+# Programs
+
+
+def test_an_unknown_setting_is_refused_in_one_line():
     output = finish(start("train.py", "--stepz=3"), status=2)
     assert output == "train.py: error: command line: unknown setting 'stepz'; did you mean 'steps'?\n"
 
 
-@pytest.mark.parametrize("program", ["train.py", "sample.py", "metrics.py", "-m tools.bench", "-m tools.play"])
-def test_threads_that_wait_leave_the_core_to_others(program, monkeypatch):
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # which `import common` has set here
-    shown = finish(start(*program.split(), "--help", OMP_DISPLAY_ENV="verbose"))
-    if "GOMP_SPINCOUNT" not in shown:
+@pytest.mark.parametrize("program", [
+    "train.py", *(pytest.param(name, marks=slow) for name in ("sample.py", "metrics.py", "-m tools.bench",
+                                                              "-m tools.play")),
+])  # fmt: skip
+def test_waiting_threads_sleep(program, monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # `import common` has set it in this process
+    output = finish(start(*program.split(), "--help", OMP_DISPLAY_ENV="verbose"))
+    if "GOMP_SPINCOUNT" not in output:
         pytest.skip("torch's threads are not libgomp's here")
-    assert "GOMP_SPINCOUNT = '1000'" in shown
+    assert "GOMP_SPINCOUNT = '1000'" in output
 
 
-def test_what_a_terminal_cannot_show_ends_no_program():
+def test_letters_that_a_terminal_lacks_are_escaped():
     code = "import common; common.run(lambda: print('Fr\\xe9chet'))"
     assert finish(start("-c", code, PYTHONUTF8="0", PYTHONIOENCODING="ascii")) == "Fr\\xe9chet\n"
+
+
+# Music and corpora
 
 
 @pytest.fixture
@@ -63,10 +77,10 @@ def music(tmp_path):
     return folder
 
 
-def test_music_that_cannot_be_prepared(command, music, tmp_path):
+def test_unusable_music_is_refused(command, music, tmp_path):
     out = tmp_path / "out"
 
-    def preparing(source, *more):
+    def prepare_music(source, *more):
         return command(prepare, source, "--out", out, "--workers", 1, *more)
 
     def manifest(text):
@@ -75,109 +89,145 @@ def test_music_that_cannot_be_prepared(command, music, tmp_path):
         return path
 
     good = '{"path": "a.wav", "caption": "x"}\n'
-    refused(preparing(tmp_path / "nowhere"), "nowhere: no such folder or manifest")
+    assert_refused(prepare_music(tmp_path / "nowhere"), "nowhere: no such folder or manifest")
     (tmp_path / "empty").mkdir()
-    refused(preparing(tmp_path / "empty"), "empty: holds no audio (.aif, .aifc, .aiff, .au, .caf, .flac,")
-    refused(preparing(manifest(good + "not json\n")), "m.jsonl, line 2: not JSON")
-    refused(preparing(manifest(good + '{"caption": "x"}\n')), 'm.jsonl, line 2: has no "path"')
-    refused(preparing(manifest(good + '\n{"path": "c.wav"}\n')), "m.jsonl, line 3", "c.wav: no such file")
-    refused(preparing(music, "--tags", "genre,colour"), "--tags: colour is none of genre, title, mood, bpm, key")
-    refused(preparing(music, "--codec", "mp3"), "unknown codec 'mp3'")
+    assert_refused(prepare_music(tmp_path / "empty"), "empty: contains no audio files (.aif, .aifc, .aiff, .au, .caf,")
+    assert_refused(prepare_music(manifest(good + "not json\n")), "m.jsonl, line 2: not JSON")
+    assert_refused(prepare_music(manifest(good + '{"caption": "x"}\n')), 'm.jsonl, line 2: has no "path"')
+    assert_refused(prepare_music(manifest(good + '\n{"path": "c.wav"}\n')), "m.jsonl, line 3", "c.wav: no such file")
+    assert_refused(prepare_music(music, "--tags", "genre,colour"), "--tags: unknown tag colour. Choose from genre,")
+    assert_refused(prepare_music(music, "--codec", "mp3"), "unknown codec 'mp3'")
     assert not out.exists() and not (tmp_path / "out.partial").exists()
-    refused(preparing(manifest(good + good)), "names a.wav more than once")
-    refused(
-        preparing(manifest('{"path": "a.wav", "attributes": ["jazz"]}')), "line 1", '"attributes" must be an object'
-    )
-    refused(preparing(music / "a.wav"), "neither a folder of audio nor a JSONL manifest")
-    refused(preparing(music, "--no-captions", "--valid_fraction", "2"), "--valid_fraction between 0 and 1")
-    refused(preparing(music, "--no-captions", "--out", music), "is there already and is no data set")
-    assert preparing(music, "--no-captions")[0] == 0
-    refused(preparing(music, "--no-captions", "--valid_fraction", "0.3"), "holds other data")
+    assert_refused(prepare_music(manifest(good + good)), "lists a.wav more than once")
+    no_object = manifest('{"path": "a.wav", "attributes": ["jazz"]}')
+    assert_refused(prepare_music(no_object), "line 1", '"attributes" must be an object')
+    assert_refused(prepare_music(music / "a.wav"), "neither a folder of audio nor a JSONL manifest")
+    assert_refused(prepare_music(music, "--no-captions", "--valid_fraction", "2"), "--valid_fraction between 0 and 1")
+    assert_refused(prepare_music(music, "--no-captions", "--out", music), "--out ", "which is not part of a data set")
+    assert prepare_music(music, "--no-captions")[0] == 0
+    assert_refused(prepare_music(music, "--no-captions", "--valid_fraction", "0.3"), "contains other data")
 
 
-def test_too_few_usable_tracks(command, music, tmp_path):
+def test_fewer_than_2_usable_tracks_are_refused(command, music, tmp_path):
     (music / "b.wav").write_bytes(b"RIFF")
-    refused(command(prepare, music, "--out", tmp_path / "out", "--workers", 1, "--no-captions"),
-            "1 usable tracks; at least 2", "b.wav: cannot be read as audio")  # fmt: skip
+    assert_refused(command(prepare, music, "--out", tmp_path / "out", "--workers", 1, "--no-captions"),
+                   "1 usable tracks, but at least 2", "b.wav: cannot be read as audio")  # fmt: skip
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_a_corpus_is_not_written_over_other_files(command, music):
-    refused(command(demo_corpus, music), "holds other files")
-    refused(command(demo_corpus, music / "a.wav"), "is not a folder")
+def test_a_corpus_does_not_replace_other_files(command, music):
+    assert_refused(command(demo_corpus, music), "holds other files")
+    assert_refused(command(demo_corpus, music / "a.wav"), "is not a folder")
     assert sorted(path.name for path in music.iterdir()) == ["a.wav", "b.wav"]
 
 
-def test_two_runs_that_make_one_corpus(tmp_path, command):
+def test_two_programs_cannot_write_one_corpus(tmp_path, command):
     with filelock.FileLock(tmp_path / ".lock"):
-        refused(command(demo_corpus, tmp_path, "--clips", 1, "--workers", 1), "another run is under way there; wait")
+        result = command(demo_corpus, tmp_path, "--clips", 1, "--workers", 1)
+        assert_refused(result, f"{tmp_path}: in use by another run; wait for it")
 
 
-def test_nothing_to_compile_with(command, dataset, tmp_path, monkeypatch):
+# Compilers and memory
+
+
+def test_compilation_without_a_compiler_is_refused(command, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--compile=always"]
-    refused(command(train, *args), "compile: needs g++ or clang++", "--compile=never")
+    assert_refused(command(train, *args), "compile: needs g++ or clang++", "--compile=never")
 
 
-def test_without_a_compiler_a_gpu_goes_on_uncompiled(monkeypatch, capsys):
-    gpu, run = torch.device("cuda"), config.Settings(steps=1000)
-    monkeypatch.setattr(common, "has_compiler", lambda device: True)
-    assert train.compiles(run, gpu) and not train.compiles(run, torch.device("cpu"))
-    assert train.compiles(config.Settings(compile="always", steps=2), torch.device("cpu"))
-    assert not train.compiles(config.Settings(compile="never", steps=1000), gpu) and not capsys.readouterr().out
-    monkeypatch.setattr(common, "has_compiler", lambda device: False)
-    assert not train.compiles(run, gpu) and "triton or gcc is missing" in capsys.readouterr().out
+def test_long_runs_on_a_gpu_are_compiled_if_there_is_a_compiler(monkeypatch, capsys):
+    gpu, cpu, s = torch.device("cuda"), torch.device("cpu"), config.Settings(steps=1000)
+    monkeypatch.setattr(compiler, "has_compiler", lambda device: True)
+    assert compiler.is_enabled(s, gpu) and not compiler.is_enabled(s, cpu)
+    assert compiler.is_enabled(config.Settings(compile="always", steps=2), cpu)
+    assert not compiler.is_enabled(config.Settings(compile="never", steps=1000), gpu) and not capsys.readouterr().out
+    monkeypatch.setattr(compiler, "has_compiler", lambda device: False)
+    assert not compiler.is_enabled(s, gpu) and "triton or gcc is missing" in capsys.readouterr().out
 
 
-def test_what_a_compiler_is(monkeypatch):
+def test_a_gpu_needs_triton_and_every_device_a_compiler(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not common.has_compiler(torch.device("cuda")), "without triton"
+    assert not compiler.has_compiler(torch.device("cuda")), "without triton"
     monkeypatch.undo()
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert not common.has_compiler(torch.device("cuda")) and not common.has_compiler(torch.device("cpu"))
+    assert not compiler.has_compiler(torch.device("cuda")) and not compiler.has_compiler(torch.device("cpu"))
 
 
-def test_more_memory_than_there_is(dataset, tmp_path):
-    """The real allocator of a CPU; a GPU's error, torch.OutOfMemoryError, takes the same way."""
+@slow
+def test_a_model_larger_than_the_memory_is_refused_with_an_estimate(dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", f"--dim={2**22}"]
     output = finish(start("train.py", *args), status=2)
-    refused(
-        (2, output),
-        "out of memory (tried to allocate ",
-        "GiB by estimate, weights ",
-        "; take a smaller --micro_batch or ",
-    )
+    assert_refused((2, output), "out of memory (tried to allocate ", "estimated GiB in training: weights ",
+                   "; use a smaller --micro_batch or ")  # fmt: skip
 
 
-@pytest.mark.parametrize("more, ways", [
+@pytest.mark.parametrize("settings, options", [
     ("", "a smaller --micro_batch or --activation_checkpointing=True or --parallel=fsdp or a smaller model"),
     ("--micro_batch=1 --activation_checkpointing=True --parallel=fsdp", "a smaller model"),
 ])  # fmt: skip
-def test_what_lowers_memory_is_what_is_not_taken_yet(more, ways, dataset, monkeypatch):
+def test_out_of_memory_advice_lists_only_options_that_would_help(settings, options, dataset, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    words = [*TOY, f"--data={dataset}", *more.split()]
-    assert f"; take {ways}; in samples" in in_one_line(words)
-    monkeypatch.setattr("tools.estimate.estimate", lambda *_: [].pop())
-    assert in_one_line(words) == f"take {ways}; in samples lower --clip_seconds", "and where there is none left to tell"
+    arguments = [*TOY, f"--data={dataset}", *settings.split()]
+    advice = f"use {options}; if it happened while generating samples, lower --clip_seconds"
+    assert advise_on_memory(arguments).endswith(f"; {advice}")
+    monkeypatch.setattr("tools.estimate.estimate", lambda *_: [].pop())  # fails, as without any free memory
+    assert advise_on_memory(arguments) == advice
 
 
-def test_a_gpu_says_in_several_ways_that_its_memory_is_out(monkeypatch, capsys):
-    for said in ("CUDA error: out of memory\nmore", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"):
-
-        def main(said=said):
-            raise RuntimeError(said)
-
-        with pytest.raises(SystemExit):
-            common.run(main)
-        assert f"error: out of memory ({said.splitlines()[0]}); ask for less" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match="another"):
-        common.run(lambda: (_ for _ in ()).throw(RuntimeError("another")))
+# Settings and data
 
 
-def test_weights_for_another_number_of_codebooks(command, dataset, tmp_path):
+def test_a_wrong_number_of_codebook_weights_is_refused(command, dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--codebook_weights=1,2,3"]
-    refused(command(train, *args), "codebook_weights: 3 of them, and the codec has 4 codebooks")
+    assert_refused(command(train, *args), "codebook_weights: 3 numbers, but the codec has 4 codebooks; pass 4")
+    assert has_no_files(tmp_path / "out")
+
+
+def test_settings_that_do_not_fit_the_codec_are_refused(command, dataset, tmp_path):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}"]
+    assert_refused(command(train, *args, "--delays=0,1"), "delays [0, 1]: pass 4 integers of 0 or above")
+    assert_refused(command(train, *args, "--delays=0.5,1,2,3"), "pass 4 integers of 0 or above")
+    for segment, frames in (("0.06", 3), ("0.001", 0)):
+        message = f"segment = {segment}: {frames} frames leave a codebook without a target; use a longer segment"
+        assert_refused(command(train, *args, f"--segment={segment}"), message)
+    seconds = command(train, *args, "--style=True", "--style_seconds=0.001,0.002")
+    assert_refused(seconds, "style_seconds: 0.002 s is shorter than one frame of the codec; use longer ones")
+    assert_refused(command(train, *args, "--clip_seconds=0.02"), "clip_seconds = 0.02: fewer than 2 frames of the")
+    assert_refused(command(train, "config/demo.py", f"--data={tmp_path / 'mistyped'}"),
+                   "mistyped: not a prepared data set")  # fmt: skip
+    assert has_no_files(tmp_path / "out") and not (tmp_path / "mistyped_audio").exists()
+
+
+def test_data_of_another_codec_are_refused(command, dataset_copy, tmp_path):
+    meta = json.loads((dataset_copy / "meta.json").read_text())
+    meta["codec"]["id"] = "tiny-K4-00000000"
+    (dataset_copy / "meta.json").write_text(json.dumps(meta))
+    args = [*TOY, f"--data={dataset_copy}", f"--out={tmp_path / 'out'}"]
+    assert_refused(command(train, *args), "was prepared with codec tiny-K4-00000000", "pass the same --codec and")
+    assert_refused(command(train, *TOY, f"--data={tmp_path}"), "not a prepared data set", "prepare.py")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_code_out_of_range_ends_training(command, dataset_copy, tmp_path):
+    codes = np.load(dataset_copy / "train_000.npy")
+    codes[:] = 512
+    np.save(dataset_copy / "train_000.npy", codes)
+    args = [*TOY, f"--data={dataset_copy}", f"--out={tmp_path / 'out'}"]
+    assert_refused(command(train, *args), "has code 512, but tiny ends at 511", "prepare.py check")
+
+
+def test_resuming_on_changed_data_is_reported(dataset_copy, tmp_path, train_toy):
+    args = [f"--data={dataset_copy}", "--samples=0"]
+    assert "has changed since" not in train_toy(tmp_path / "out", *args)
+    meta = json.loads((dataset_copy / "meta.json").read_text())
+    meta["checksums"]["train_000.npy"] += 1
+    (dataset_copy / "meta.json").write_text(json.dumps(meta))
+    output = train_toy(tmp_path / "out", *args, "--steps=8")
+    assert f"{dataset_copy} has changed since {tmp_path / 'out'}/last.pt, so results will differ" in output
+
+
+# Folders and disks
 
 
 def test_a_second_run_in_one_folder_is_refused(command, dataset, tmp_path):
@@ -185,138 +235,116 @@ def test_a_second_run_in_one_folder_is_refused(command, dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", f"--out={out}", "--samples=0"]
     first = Ranks(*args, "--steps=100000", "--epoch=5", ranks=1)
     first.wait_for(out / "history.jsonl", 5)
-    refused(command(train, *args), f"{out}: another run is under way there", "choose another --out")
+    assert_refused(command(train, *args), f"{out}: in use by another run", "choose another --out")
     first.send(signal.SIGTERM)
     first.finish(status=128 + signal.SIGTERM)
     step = load(out / "last.pt")["step"]
     assert command(train, *args, f"--steps={step + 1}")[0] == 0
 
 
-def test_settings_that_the_codec_cannot_serve(command, dataset, tmp_path):
-    args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}"]
-    refused(command(train, *args, "--delays=0,1"), "delays [0, 1]: 4 whole numbers are needed")
-    refused(command(train, *args, "--delays=0.5,1,2,3"), "4 whole numbers are needed")
-    refused(command(train, *args, "--segment=0.06"), "an item of 3 frames leaves a codebook without a target")
-    refused(command(train, *args, "--segment=0.001"), "segment = 0.001: less than a frame of the codec")
-    refused(command(train, *args, "--style=True", "--style_seconds=0.001,0.002"), "style_seconds: at most 0.002 s")
-    refused(command(train, *args, "--clip_seconds=0.02"), "clip_seconds = 0.02: clips of less than two frames")
-    refused(command(train, "config/demo.py", f"--data={tmp_path / 'mistyped'}"), "mistyped: not a prepared data set")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "mistyped_audio").exists()
-
-
-def test_data_of_another_codec(command, own_dataset, tmp_path):
-    meta = json.loads((own_dataset / "meta.json").read_text())
-    meta["codec"]["id"] = "tiny-K4-00000000"
-    (own_dataset / "meta.json").write_text(json.dumps(meta))
-    args = [*TOY, f"--data={own_dataset}", f"--out={tmp_path / 'out'}"]
-    refused(command(train, *args), "was prepared with codec tiny-K4-00000000")
-    refused(command(train, *TOY, f"--data={tmp_path}"), "not a prepared data set", "prepare.py")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_checkpoint_of_another_codec(command, toy_run, tmp_path):
-    saved, codec = load(toy_run[0] / "best.pt"), load(WEIGHTS)
-    saved["codec"]["id"] = "tiny-K4-00000000"
-    torch.save(saved, tmp_path / "best.pt")
-    args = (tmp_path / "best.pt", "bells", "--device", "cpu", "--out", tmp_path / "out")
-    refused(command(sample, *args), "is of codec tiny-K4-00000000", "give --codec_weights")
-    torch.save(codec | {"codec_format": 1}, tmp_path / "old.pt")
-    refused(command(sample, *args, "--codec_weights", tmp_path / "old.pt"), "not a tiny codec of this version")
-
-
-def test_a_token_out_of_range_stops_training(command, own_dataset, tmp_path):
-    codes = np.load(own_dataset / "train_000.npy")
-    codes[:] = 512
-    np.save(own_dataset / "train_000.npy", codes)
-    args = [*TOY, f"--data={own_dataset}", f"--out={tmp_path / 'out'}"]
-    refused(command(train, *args), "holds token 512", "prepare.py check")
-
-
-def test_settings_that_contradict_the_checkpoint(command, toy_run, dataset):
-    out = toy_run[0]
-    before = (out / "last.pt").read_bytes()
-    args = [*TOY, f"--data={dataset}", f"--out={out}"]
-    refused(command(train, *args, "--dim=64", "--layers=1"), "dim was 32, is 64", "layers was 2, is 1", "another --out")
-    refused(command(train, *args, "--lora_rank=2"), "lora_rank was 0, is 2", "another --out")
-    refused(command(train, *args, "--resume=False"), "holds a run; choose another --out, or remove it")
-    assert (out / "last.pt").read_bytes() == before
-
-
-def test_a_run_that_resumes_on_other_data_says_so(command, own_dataset, tmp_path):
-    args = [*TOY, f"--data={own_dataset}", f"--out={tmp_path / 'out'}", "--samples=0"]
-    assert "other data" not in command(train, *args)[1]
-    meta = json.loads((own_dataset / "meta.json").read_text())
-    meta["checksums"]["train_000.npy"] += 1  # as of music that was prepared anew
-    (own_dataset / "meta.json").write_text(json.dumps(meta))
-    assert f"{own_dataset} holds other data than before" in command(train, *args, "--steps=8")[1]
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_it(command, dataset, tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(command, dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
     assert command(train, *args)[0] == 0
-    before = (tmp_path / "last.pt").read_bytes()
-    (tmp_path / "last.tmp").symlink_to("/dev/full")  # every write there says that the disk is full
-    refused(command(train, *args, "--steps=8"), f"{tmp_path / 'last.pt'}: cannot be written (", "No space left",
-            " are free", "the one before it is whole")  # fmt: skip
-    assert (tmp_path / "last.pt").read_bytes() == before and not (tmp_path / "last.tmp").is_symlink()
+    before, temporary = (tmp_path / "last.pt").read_bytes(), tmp_path / "last.pt.tmp"
+    temporary.symlink_to("/dev/full")  # every write to it fails, as on a full disk
+    message = f"{tmp_path / 'last.pt'}: cannot be written (No space left on device). Free disk space or choose another"
+    assert_refused(command(train, *args, "--steps=8"), message, "an older file of this name is unchanged")
+    assert (tmp_path / "last.pt").read_bytes() == before and not temporary.is_symlink()
 
 
-def test_a_full_disk_at_a_line_of_the_log(command, dataset, tmp_path, monkeypatch):
+def test_a_full_disk_while_logging_is_reported(command, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(log, "open", lambda path, mode: open("/dev/full", mode), raising=False)
-    refused(command(train, *TOY, f"--data={dataset}", f"--out={tmp_path}"), "No space left on device")
+    assert_refused(command(train, *TOY, f"--data={dataset}", f"--out={tmp_path}"), "No space left on device")
 
 
-def test_where_nothing_can_be_written(command, dataset, tmp_path):
+def test_a_file_instead_of_a_folder_is_refused(command, dataset, tmp_path):
     (tmp_path / "file").touch()
-    refused(command(train, *TOY, f"--data={dataset}", f"--out={tmp_path / 'file'}"), "file: File exists")
+    assert_refused(command(train, *TOY, f"--data={dataset}", f"--out={tmp_path / 'file'}"), "file: File exists")
     with pytest.raises(UserError, match="clip.wav: cannot be written"):
         write_audio(tmp_path / "file" / "clip.wav", torch.zeros(1, 100), 16_000)
 
 
-def test_weights_that_cannot_begin_a_run(command, toy_run, dataset, tmp_path):
+def test_a_damaged_log_is_refused(command, dataset, tmp_path):
+    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
+    assert command(train, *args)[0] == 0
+    for content, message in (("{\n", "not JSON"), ("[1]\n", "an object with a step on each line; remove it")):
+        (tmp_path / "history.jsonl").write_text(content)
+        assert_refused(command(train, *args, "--steps=8"), "history.jsonl: ", message)
+
+
+def test_a_logger_that_is_not_installed_is_refused(command, dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert_refused(command(train, *TOY, f"--data={dataset}", f"--out={tmp_path}", "--logger=wandb"),
+                   "logger = 'wandb': not installed; pip install wandb")  # fmt: skip
+
+
+def test_a_device_that_the_machine_lacks_is_refused(command, dataset):
+    if not torch.cuda.is_available():
+        assert_refused(command(train, *TOY, f"--data={dataset}", "--device=cuda"), "device = 'cuda': not on this mach")
+    assert_refused(command(train, *TOY, f"--data={dataset}", "--device=abacus"), "device = 'abacus'", "; choose ")
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_of_another_codec_is_refused(command, toy_run, tmp_path):
+    saved, codec = load(toy_run[0] / "best.pt"), load(WEIGHTS)
+    saved["codec"]["id"] = "tiny-K4-00000000"
+    torch.save(saved, tmp_path / "best.pt")
+    args = (tmp_path / "best.pt", "bells", "--device", "cpu", "--out", tmp_path / "out")
+    assert_refused(command(sample, *args), "tiny-K4-00000000", "--codec_weights")
+    torch.save(codec | {"codec_format": 1}, tmp_path / "old.pt")
+    assert_refused(command(sample, *args, "--codec_weights", tmp_path / "old.pt"), "not a tiny codec of this version")
+
+
+def test_settings_that_contradict_the_checkpoint_are_refused(command, toy_run, dataset):
+    out = toy_run[0]
+    before = (out / "last.pt").read_bytes()
+    args = [*TOY, f"--data={dataset}", f"--out={out}"]
+    for settings, *changes in (
+        (["--dim=64", "--layers=1"], "dim was 32, is 64", "layers was 2, is 1"),
+        (["--lora_rank=2"], "lora_rank was 0, is 2"),
+    ):
+        assert_refused(command(train, *args, *settings), "last.pt: a different model", *changes, "another --out")
+    assert_refused(command(train, *args, "--resume=False"), "holds a run; choose another --out or remove it")
+    assert (out / "last.pt").read_bytes() == before
+
+
+def test_weights_that_do_not_fit_are_refused(command, toy_run, dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}"]
-    refused(command(train, *args, f"--init_from={tmp_path / 'none.pt'}"), "none.pt: no such checkpoint")
-    refused(
-        command(train, *args, f"--init_from={toy_run[0] / 'best.pt'}", "--dim=64"), "dim was 32, is 64", "same settings"
-    )
-    saved, other = load(toy_run[0] / "best.pt"), tmp_path / "other.pt"
-    name = "blocks.0.up.weight"
-    lacking = {key: weight for key, weight in saved["ema"].items() if key != name}
-    for ema in (lacking, {**lacking, name: torch.zeros(3, 3)}, {**saved["ema"], "blocks.9.up.weight": torch.zeros(3)}):
+    assert_refused(command(train, *args, f"--init_from={tmp_path / 'none.pt'}"), "none.pt: no such checkpoint")
+    best, other = toy_run[0] / "best.pt", tmp_path / "other.pt"
+    assert_refused(command(train, *args, f"--init_from={best}", "--dim=64"), "dim was 32, is 64",
+                   "use its settings, or another --init_from")  # fmt: skip
+    saved, name = load(best), "blocks.0.up.weight"
+    incomplete = {key: weight for key, weight in saved["ema"].items() if key != name}
+    for ema in (incomplete, {**incomplete, name: torch.zeros(3, 3)}, {**saved["ema"], "blocks.9.up": torch.zeros(3)}):
         torch.save({**saved, "ema": ema}, other)
         for program, more in ((train, [*args, f"--init_from={other}"]), (sample, [other, "bells"])):
-            refused(command(program, *more), "other.pt: its blocks.", "does not fit; use the code and the settings")
-    assert not (tmp_path / "out").exists()
+            message = "does not fit the model; use the code and settings of its training"
+            assert_refused(command(program, *more), "other.pt: blocks.", message)
+    assert has_no_files(tmp_path / "out")
 
 
-def test_a_logger_that_is_not_installed(command, dataset, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    refused(command(train, *TOY, f"--data={dataset}", f"--out={tmp_path}", "--logger=wandb"), "pip install wandb")
-
-
-def test_devices_that_are_not_there(command, dataset):
-    if not torch.cuda.is_available():
-        refused(command(train, *TOY, f"--data={dataset}", "--device=cuda"), "device = 'cuda': not on this machine")
-    refused(command(train, *TOY, f"--data={dataset}", "--device=abacus"), "device = 'abacus'")
-
-
-def test_checkpoints_that_are_not(command, toy_run, dataset, tmp_path):
-    whole = (toy_run[0] / "best.pt").read_bytes()
-    broken = tmp_path / "broken.pt"
+def test_a_file_that_is_not_a_checkpoint_is_refused(command, toy_run, dataset, tmp_path):
+    complete, broken = (toy_run[0] / "best.pt").read_bytes(), tmp_path / "broken.pt"
     for tenths in range(10):
-        broken.write_bytes(whole[: len(whole) * tenths // 10])
-        refused(command(sample, broken, "x", "--out", tmp_path / "s"), "broken.pt: truncated, or not a checkpoint")
+        broken.write_bytes(complete[: len(complete) * tenths // 10])
+        result = command(sample, broken, "x", "--out", tmp_path / "s")
+        assert_refused(result, "broken.pt: truncated or not a checkpoint", "use another one")
     torch.save({"weights": torch.zeros(3)}, broken)
-    refused(command(sample, broken, "x"), "not a checkpoint of nanoMusicGen")
-    refused(command(sample, tmp_path / "none.pt", "x"), "none.pt: no such checkpoint")
+    assert_refused(command(sample, broken, "x"), "not a nanoMusicGen checkpoint; pass the best.pt of a run")
+    assert_refused(command(sample, tmp_path / "none.pt", "x"), "none.pt: no such checkpoint")
     saved = load(toy_run[0] / "best.pt")
     for other in (1, 99):
         torch.save({**saved, "nanomusicgen": other}, broken)
-        refused(command(sample, broken, "x"), f"format {other}, and this code reads 3; train it again")
+        message = f"checkpoint format {other}, but this code reads format 3; train it again"
+        assert_refused(command(sample, broken, "x"), message)
     out = tmp_path / "run"
     out.mkdir()
     torch.save(saved, out / "last.pt")
-    refused(command(train, *TOY, f"--data={dataset}", f"--out={out}"), "is a 'best' checkpoint, and 'last' is needed")
+    result = command(train, *TOY, f"--data={dataset}", f"--out={out}")
+    assert_refused(result, "last.pt: a 'best' checkpoint; pass a 'last' one")
     assert not (tmp_path / "s").exists()
 
 
@@ -325,41 +353,30 @@ class Bomb:
         return open, ("bomb_went_off", "w")
 
 
-def test_a_pickle_bomb_does_not_go_off(command, tmp_path, monkeypatch):
+def test_a_checkpoint_runs_no_code(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"nanomusicgen": 3, "kind": "best", "ema": Bomb()}, "bomb.pt")
-    refused(command(sample, "bomb.pt", "x"), "bomb.pt: truncated, or not a checkpoint")
+    assert_refused(command(sample, "bomb.pt", "x"), "bomb.pt: truncated or not a checkpoint")
     assert not (tmp_path / "bomb_went_off").exists()
 
 
-def test_sampling_requests_that_make_no_sense(command, toy_run, tmp_path):
+# Sampling
+
+
+def test_impossible_requests_to_sample_are_refused(command, toy_run, tmp_path):
     best = toy_run[0] / "best.pt"
     for duration in ("0", "-1", "nan", "inf"):
-        refused(command(sample, best, "x", "--duration", duration), "must be above 0 seconds")
+        assert_refused(command(sample, best, "x", "--duration", duration), "must be above 0 seconds")
     soundfile.write(tmp_path / "long.wav", TONE, 16_000)
     args = ("--continue", tmp_path / "long.wav", "--duration", "1")
-    refused(command(sample, best, "x", *args), "2.0 s long, and --duration is 1 s", "make --duration longer")
-    refused(command(sample, best, "x", "--continue", tmp_path / "no.wav"), "no.wav: cannot be read as audio")
-    refused(command(sample, best, "x", "--temperature", "-1"), "--temperature must be 0 or above")
-    refused(command(sample, best, "x", "--cfg", "nan"), "--cfg nan: must be a number")
-    refused(command(sample, best, "x", "--device", "abacus"), "device = 'abacus': not on this machine")
+    assert_refused(command(sample, best, "x", *args), "2.0 s long, and --duration is 1 s", "make --duration longer")
+    missing = command(sample, best, "x", "--continue", tmp_path / "no.wav")
+    assert_refused(missing, "no.wav: cannot be read as audio")
+    assert_refused(command(sample, best, "x", "--temperature", "-1"), "--temperature -1.0: must be a number from 0 to")
+    assert_refused(command(sample, best, "x", "--cfg", "nan"), "--cfg nan: must be a number")
+    assert_refused(command(sample, best, "x", "--device", "abacus"), "device = 'abacus': not on this machine")
     soundfile.write(tmp_path / "empty.wav", TONE[:0], 16_000)
-    refused(command(sample, best, "x", "--continue", tmp_path / "empty.wav"), "empty.wav: holds no samples")
+    empty = command(sample, best, "x", "--continue", tmp_path / "empty.wav")
+    assert_refused(empty, "empty.wav: contains no samples")
     (tmp_path / "file").touch()
-    refused(command(sample, best, "x", "--out", tmp_path / "file" / "s"), "Not a directory")
-
-
-def test_a_damaged_log_is_refused_by_name(command, dataset, tmp_path):
-    args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
-    assert command(train, *args)[0] == 0
-    for content, said in (("{\n", "not JSON"), ("[1]\n", "an object with its step on each line")):
-        (tmp_path / "history.jsonl").write_text(content)
-        refused(command(train, *args, "--steps=8"), "history.jsonl: ", said)
-
-
-def test_a_programmers_error_keeps_its_traceback(monkeypatch):
-    def broken():
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        common.run(broken)
+    assert_refused(command(sample, best, "x", "--out", tmp_path / "file" / "s"), "Not a directory")

@@ -1,7 +1,6 @@
-"""Input made to break things, by hypothesis: either it works, or one line says what is wrong. Never a traceback.
+"""Hostile input, drawn by hypothesis: each program works, or refuses it with one line, never with a traceback.
 
-A few dozen examples of each kind are tried in the usual run, thousands by: pytest tests/test_hostile.py
---hypothesis-profile=long
+25 examples of each kind are tried by default, 1000 by: pytest tests/test_hostile.py --hypothesis-profile=long
 """
 
 import functools
@@ -24,32 +23,36 @@ import torch
 from conftest import ROOT, TOY
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
+from models import make_stub
 
-import check
 import config
 import data
 import prepare
 import sample
 import train
-from codec import file_name, load_audio, load_codec
+from audio import file_name, load_audio
+from codec import load_codec
 from common import UserError, load_checkpoint, save_checkpoint
 from conditioning import TextEmbedder, merge_text
 from config import Settings
+from dataprep import shards
+from dataprep.report import find_damage
+from dataprep.tracks import find_tracks
+from generate import load_model
 from model import MusicLM
 from patterns import make_pattern
 from tools import report
-from tracks import find_tracks
 
-IN_PLACE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-MOST = 400  # characters of an error message, the paths of the tests among them
+same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # for all examples of a test
+MAX_MESSAGE = 400  # characters, including the paths of tests
 
 
-def works_or_explains(call):
-    """What a call returns, or None where it refuses in one line."""
+def call_or_refuse(function):
+    """Return the result of the function, or None if it raises UserError, whose message must be one line."""
     try:
-        return call()
+        return function()
     except UserError as error:
-        assert len(str(error).splitlines()) == 1 and 10 < len(str(error)) < MOST, str(error)
+        assert len(str(error).splitlines()) == 1 and 10 < len(str(error)) < MAX_MESSAGE, str(error)
         event("refused")
 
 
@@ -65,24 +68,21 @@ def patterns(draw):
 
 
 @given(patterns(), st.integers(0, 2**32))
-def test_patterns_are_undone_and_their_masks_agree(pattern, seed):
+def test_revert_undoes_build_and_each_kept_code_has_one_position_after_the_first(pattern, seed):
     codes = torch.randint(50, (2, pattern.K, pattern.T), generator=torch.Generator().manual_seed(seed))
     sequence = pattern.build(codes, special=50)
-    back = pattern.revert(sequence, special=50)
-    assert torch.equal(back, codes.masked_fill(~pattern.frame_mask, 50))
-    assert sequence.shape == (2, pattern.K, pattern.S) and torch.equal(
-        sequence != 50, pattern.step_mask.expand(2, -1, -1)
-    )
-    assert torch.equal(pattern.step_mask.sum(1), pattern.frame_mask.sum(1)) and not pattern.step_mask[:, 0].any()
-    assert (pattern.step[:, 1:] > pattern.step[:, :-1]).all()
+    assert torch.equal(pattern.revert(sequence, special=50), codes.masked_fill(~pattern.frame_mask, 50))
+    assert sequence.shape == (2, pattern.K, pattern.S) and (sequence[:, :, 0] == 50).all()
+    assert torch.equal((sequence != 50).sum(2), pattern.frame_mask.sum(1).expand(2, -1))
+    assert (pattern.position[:, 1:] > pattern.position[:, :-1]).all()
 
 
 @given(
     st.text(max_size=8), st.integers(1, 5), st.lists(st.integers(-2, 6) | st.floats() | st.text(max_size=2), max_size=6)
 )
-def test_any_delays_are_taken_or_refused(name, K, delays):
-    works_or_explains(lambda: make_pattern(name, K, 5, delays))
-    pattern = works_or_explains(lambda: make_pattern("delay", K, 5, delays))
+def test_any_delays_are_accepted_or_refused(name, K, delays):
+    call_or_refuse(lambda: make_pattern(name, K, 5, delays))
+    pattern = call_or_refuse(lambda: make_pattern("delay", K, 5, delays))
     assert (pattern is None) == (len(delays) != K or any(type(delay) is not int or delay < 0 for delay in delays))
 
 
@@ -97,20 +97,19 @@ def model():
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 12), st.integers(0, 2**32))
-def test_the_loss_of_any_mask_is_that_of_aligned_logits(model, drawn, B, T, seed):
+@torch.no_grad()
+def test_the_loss_of_any_mask_equals_that_of_aligned_logits(model, drawn, B, T, seed):
     flags = st.lists(st.booleans(), min_size=B * T, max_size=B * T)
-    valid, scored = (torch.tensor(drawn.draw(flags)).view(B, T) for _ in range(2))
-    scored &= valid
+    not_padding, in_loss = (torch.tensor(drawn.draw(flags)).view(B, T) for _ in range(2))
+    in_loss &= not_padding
     codes = torch.randint(8, (B, 4, T), generator=torch.Generator().manual_seed(seed))
-    inputs = model.conditioner.prepare([{}] * B)
-    with torch.no_grad():
-        ce_sum, count = model(codes, valid, scored, inputs)
-        shown = codes.masked_fill(~valid[:, None], model.special)
-        logits = model.aligned_logits(shown, inputs)
-    counts = scored[:, None] & model.pattern(T, training=True).frame_mask
-    assert torch.equal(count, counts.sum((0, 2)).float())
+    tensors, pattern = model.conditioner.tokenize([{}] * B), model.pattern(T, training=True)
+    ce_sum = model(codes, not_padding, in_loss, tensors)
+    logits = model.aligned_logits(codes.masked_fill(~not_padding[:, None], model.special), tensors)
+    mask = in_loss[:, None] & pattern.frame_mask
+    assert torch.equal(data.count_targets(in_loss, pattern), mask.sum((0, 2)).float())
     ce = torch.logsumexp(logits, -1) - logits.gather(-1, codes[..., None])[..., 0]
-    expected = torch.where(counts, ce, 0.0).sum((0, 2))
+    expected = torch.where(mask, ce, 0.0).sum((0, 2))
     torch.testing.assert_close(ce_sum, expected, atol=1e-4, rtol=1e-5)
 
 
@@ -130,18 +129,18 @@ WORDS = st.one_of(
 
 
 @given(st.lists(WORDS, max_size=4))
-def test_any_command_line_is_read_or_refused(words):
+def test_any_command_line_is_accepted_or_refused(words):
     assume(not {"-h", "--help"} & set(words))
-    s = works_or_explains(lambda: config.load(words, ""))
+    s = call_or_refuse(lambda: config.load(words, ""))
     assert s is None or all(type(getattr(s, key)) is field.type for key, field in config.FIELDS.items())
 
 
-@IN_PLACE
+@same_folder
 @given(st.text(max_size=60) | st.sampled_from(["dim = ", "lr = '1'", "import os\nseed = 1", "raise SystemExit"]))
-def test_any_config_file_is_read_or_refused(tmp_path, text):
+def test_any_config_file_is_accepted_or_refused(tmp_path, text):
     path = tmp_path / "c.py"
     path.write_text(text, encoding="utf-8", errors="ignore")
-    works_or_explains(lambda: config.load([str(path)], ""))
+    call_or_refuse(lambda: config.load([str(path)], ""))
 
 
 # ------------------------------------------------------------------------------------------------------- music
@@ -156,38 +155,38 @@ ENTRIES = st.dictionaries(KEYS, JSON | st.just("a.wav"), max_size=4).map(lambda 
 TEXTS = st.one_of(st.binary(max_size=80), ENTRIES, JSON.map(lambda value: json.dumps(value).encode()))
 
 
-def music(folder):
+def make_music(folder):
     folder.mkdir(exist_ok=True)
     for name in "ab":
         soundfile.write(folder / f"{name}.wav", np.zeros(100), 16_000)
     return folder
 
 
-@IN_PLACE
+@same_folder
 @given(st.lists(TEXTS, max_size=3))
-def test_any_manifest_is_read_or_refused(tmp_path, lines):
-    manifest = music(tmp_path / "m") / "manifest.jsonl"
+def test_any_manifest_is_accepted_or_refused(tmp_path, lines):
+    manifest = make_music(tmp_path / "m") / "manifest.jsonl"
     manifest.write_bytes(b"\n".join(lines))
-    tracks = works_or_explains(lambda: find_tracks(manifest)) or []
+    tracks = call_or_refuse(lambda: find_tracks(manifest)) or []
     assert all(type(track["caption"]) is str and type(track["metadata"]) is dict for track in tracks)
     for track in tracks:
         merge_text(track["caption"], track["metadata"], np.random.default_rng(0))
         json.dumps(track)
 
 
-@IN_PLACE
+@same_folder
 @given(TEXTS, TEXTS)
-def test_any_sidecar_is_read_or_refused(tmp_path, about, caption):
-    folder = music(tmp_path / "m")
-    (folder / "a.json").write_bytes(about)
+def test_any_sidecar_file_is_accepted_or_refused(tmp_path, metadata, caption):
+    folder = make_music(tmp_path / "m")
+    (folder / "a.json").write_bytes(metadata)
     (folder / "b.txt").write_bytes(caption)
-    tracks = works_or_explains(lambda: find_tracks(folder))
+    tracks = call_or_refuse(lambda: find_tracks(folder))
     assert tracks is None or len(tracks) == 2
 
 
 @st.composite
 def audio(draw):
-    """A real file of any kind, then damage: (name, bytes)."""
+    """Draw (name, bytes): an audio file of any kind, possibly damaged."""
     rate, channels = draw(st.sampled_from([8000, 11025, 16000, 44100, 48000, 96000, 192000])), draw(st.integers(1, 8))
     samples = draw(st.sampled_from([0, 1, 2, rate // 100, rate // 4]))
     wav = np.random.default_rng(draw(st.integers(0, 99))).uniform(-1, 1, (samples, channels)).astype(np.float32)
@@ -197,32 +196,32 @@ def audio(draw):
     file = io.BytesIO()
     try:
         soundfile.write(file, wav, rate, format=kind, subtype=subtype)
-    except (soundfile.LibsndfileError, ValueError, AssertionError):  # no such file can be made
+    except (soundfile.LibsndfileError, ValueError, AssertionError):  # the format does not support it
         return draw(st.sampled_from(["a.wav", "a.mp3"])), draw(st.binary(max_size=60))
     suffix = draw(st.sampled_from([kind.lower(), "wav", "mp3", "opus"]))
     return f"a.{suffix}", damaged(draw, file.getvalue())
 
 
 def damaged(draw, content):
-    """Cut off, with bits flipped, with other bytes in between, or as it is."""
-    how = draw(st.sampled_from(["cut", "flip", "insert", "whole"]))
-    if not content or how == "whole":
+    """Draw a damaged copy of `content`: cut off, with a flipped bit, with inserted bytes, or unchanged."""
+    damage = draw(st.sampled_from(["cut", "flip", "insert", "none"]))
+    if not content or damage == "none":
         return content
     at = draw(st.integers(0, len(content) - 1) | st.integers(0, min(200, len(content) - 1)))
-    if how == "cut":
+    if damage == "cut":
         return content[:at]
-    if how == "insert":
+    if damage == "insert":
         return content[:at] + draw(st.binary(min_size=1, max_size=9)) + content[at:]
     return content[:at] + bytes([content[at] ^ (1 << draw(st.integers(0, 7)))]) + content[at + 1 :]
 
 
-@IN_PLACE
+@same_folder
 @given(audio())
-def test_any_audio_file_is_read_or_refused(tmp_path, file):
+def test_any_audio_file_is_decoded_or_refused(tmp_path, file):
     name, content = file
     (tmp_path / name).write_bytes(content)
     for channels in (1, 2):
-        wav = works_or_explains(functools.partial(load_audio, tmp_path / name, 16_000, channels))
+        wav = call_or_refuse(functools.partial(load_audio, tmp_path / name, 16_000, channels))
         if wav is not None:
             assert wav.dtype == torch.float32 and wav.shape[0] == channels and wav.shape[1] > 0
             assert torch.isfinite(wav).all()
@@ -238,40 +237,39 @@ def load_codec_once():
 # ------------------------------------------------------------------------------------------------------ shards
 
 
-@IN_PLACE
+@same_folder
 @given(st.data())
-def test_a_damaged_data_set_is_refused_or_gives_batches(dataset, tmp_path, drawn):
+def test_a_damaged_data_set_is_refused_or_gives_valid_batches(dataset, tmp_path, drawn):
     folder = tmp_path / "data"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(dataset, folder)
     path = drawn.draw(st.sampled_from(sorted(folder.iterdir())))
     content = path.read_bytes()
-    how = drawn.draw(st.sampled_from(["bytes", "array", "json", "gone"]))
-    if how == "gone":
+    damage = drawn.draw(st.sampled_from(["bytes", "array", "json", "missing"]))
+    if damage == "missing":
         path.unlink()
-    elif how == "array" and path.suffix == ".npy":
-        kind = drawn.draw(st.sampled_from([np.float32, np.int64, np.uint8, np.int16, object, "U3"]))
+    elif damage == "array" and path.suffix == ".npy":
+        dtype = drawn.draw(st.sampled_from([np.float32, np.int64, np.uint8, np.int16, object, "U3"]))
         shape = drawn.draw(st.sampled_from([(), (0, 4), (50, 4), (50, 3), (50,), np.load(path).shape]))
-        np.save(path, np.zeros(shape, kind), allow_pickle=True)
-    elif how == "json" and content and path.suffix in (".json", ".jsonl"):
+        np.save(path, np.zeros(shape, dtype), allow_pickle=True)
+    elif damage == "json" and content and path.suffix in (".json", ".jsonl"):
         lines = content.decode().splitlines() if path.suffix == ".jsonl" else [content.decode()]
         entry = json.loads(lines[0])
         entry[drawn.draw(st.sampled_from(sorted(entry)))] = drawn.draw(JSON)
         path.write_text("\n".join([json.dumps(entry), *lines[1:]]))
     else:
         path.write_bytes(damaged(drawn.draw, content))
-    s = Settings(batch_size=4, valid_items=0)
+    s, model = Settings(batch_size=4, valid_items=0), make_stub(50)
 
-    def use():
-        check.find_damage(folder)
-        splits = [data.Tokens(folder, split) for split in ("train", "valid")]
-        unigram = data.unigram_ce(folder)
+    def read_batches():
+        find_damage(folder)
+        train_data, valid_data = (data.TokenDataset(folder, split) for split in ("train", "valid"))
+        unigram = shards.unigram_ce(folder)
         assert unigram.shape == (4,) and np.isfinite(unigram).all() and (unigram >= 0).all()
-        TextEmbedder(8, data.read_tokenizer(folder), 8, 2, 1, 16).prepare(["fast bells"])
-        (drawn_batch,) = data.TrainingSteps(splits[0], list, 50, s)[0].micro_batches
-        return [drawn_batch, *data.valid_batches(splits[1], list, 50, 4, s)]
+        TextEmbedder(8, shards.read_tokenizer(folder), 8, 2, 1, 16).tokenize(["fast bells"])
+        return [*data.TrainingBatches(train_data, model, s)[0], *data.valid_batches(valid_data, model, 4, s)]
 
-    for batch in works_or_explains(use) or []:
+    for batch in call_or_refuse(read_batches) or []:
         assert batch.codes.min() >= 0 and batch.codes.max() < 512
 
 
@@ -291,31 +289,30 @@ def saved(tmp_path_factory):
     return path.read_bytes(), state
 
 
-@IN_PLACE
+@same_folder
 @given(st.data())
-def test_a_damaged_checkpoint_is_refused_or_of_the_same_names(saved, tmp_path, drawn):
-    content, state = saved
+def test_a_damaged_checkpoint_is_refused_or_keeps_its_names(saved, tmp_path, drawn):
+    content, _ = saved
     path = tmp_path / "best.pt"
     path.write_bytes(damaged(drawn.draw, content))
-    read = works_or_explains(lambda: load_checkpoint(path, ["best"]))
-    if read is not None:  # a flipped bit in the weights themselves is not looked for
-        assert read.keys() >= {"kind", "nanomusicgen"}
+    loaded = call_or_refuse(lambda: load_checkpoint(path, ["best"]))
+    assert loaded is None or loaded.keys() >= {"kind", "nanomusicgen"}  # a flipped bit in a weight is not detected
 
 
 @pytest.mark.parametrize("tenth", range(10))
-def test_a_checkpoint_cut_at_any_tenth_is_refused(saved, tmp_path, tenth):
+def test_a_truncated_checkpoint_is_refused(saved, tmp_path, tenth):
     (tmp_path / "best.pt").write_bytes(saved[0][: len(saved[0]) * tenth // 10])
-    with pytest.raises(UserError, match="truncated, or not a checkpoint"):
+    with pytest.raises(UserError, match="truncated or not a checkpoint"):
         load_checkpoint(tmp_path / "best.pt", ["best"])
 
 
-def test_a_pickle_in_the_place_of_a_checkpoint_does_not_run(tmp_path):
+def test_a_pickle_instead_of_a_checkpoint_is_never_run(tmp_path):
     path = tmp_path / "best.pt"
     for write in (
         lambda: path.write_bytes(pickle.dumps(Bomb())),
         lambda: torch.save({"nanomusicgen": 3, "kind": "best", "model": Bomb()}, path),
         lambda: torch.save(torch.nn.Linear(1, 1), path),
-        lambda: torch.save({"somebody": "else's"}, path),
+        lambda: torch.save({"other": "content"}, path),
         lambda: torch.save([1], path),
         lambda: zipfile.ZipFile(path, "w").close(),
     ):
@@ -323,6 +320,16 @@ def test_a_pickle_in_the_place_of_a_checkpoint_does_not_run(tmp_path):
         with pytest.raises(UserError):
             load_checkpoint(path, ["best"])
     assert not hasattr(sys, "exploded")
+
+
+def test_a_checkpoint_with_an_unknown_setting_is_refused_by_its_name(dataset, tmp_path, command):
+    saved = dict(settings={**vars(Settings()), "colour": 3}, codec={}, tokenizer=b"abc", step=2)
+    for kind in ("best", "last"):
+        save_checkpoint(tmp_path / f"{kind}.pt", kind, **saved)
+    with pytest.raises(UserError, match="best.pt: unknown settings colour; use the code that trained it"):
+        load_model(tmp_path / "best.pt")
+    status, output = command(train, *TOY, f"--data={dataset}", f"--out={tmp_path}")
+    assert status == 2 and "last.pt: unknown settings colour; use the code that trained it" in output
 
 
 # --------------------------------------------------------------------------------------------------- captions
@@ -334,19 +341,19 @@ CAPTIONS = st.one_of(
 )  # fmt: skip
 
 
-@IN_PLACE
+@same_folder
 @given(CAPTIONS)
-def test_any_caption_is_heard_and_names_a_file(tmp_path, model, caption):
-    ids, mask = model.conditioner.text.prepare([caption])
+def test_any_caption_can_be_tokenized_and_used_as_a_file_name(tmp_path, model, caption):
+    ids, mask = model.conditioner.text.tokenize([caption])
     assert ids.shape == mask.shape and ids.shape[1] <= model.conditioner.text.max_tokens
     path = tmp_path / f"{file_name(caption, 7)}.wav"
     path.write_bytes(b"")
-    assert path.parent == tmp_path and [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert path.parent == tmp_path and [file.name for file in tmp_path.iterdir()] == [path.name]
     path.unlink()
 
 
 class Page(html.parser.HTMLParser):
-    """Collects the tags of a page and the attributes that run code."""
+    """The tags of a page, and its attributes that run code."""
 
     def __init__(self, text):
         super().__init__()
@@ -358,9 +365,9 @@ class Page(html.parser.HTMLParser):
         self.handlers += [name for name, _ in attributes if name.startswith("on")]
 
 
-@IN_PLACE
+@same_folder
 @given(CAPTIONS.filter(lambda caption: len(caption) < 1000))
-def test_any_caption_is_only_text_on_the_listening_page(tmp_path, caption):
+def test_any_caption_is_only_text_on_the_page_of_a_run(tmp_path, caption):
     def page(caption):
         clip = dict(caption=caption, seed=0, free="a.wav", continued="a.wav", prompt_seconds=1.0, reference=None,
                     codec="a.wav")  # fmt: skip
@@ -377,20 +384,20 @@ def test_any_caption_is_only_text_on_the_listening_page(tmp_path, caption):
     assert hostile.tags == plain.tags and hostile.handlers == plain.handlers
 
 
-@IN_PLACE
+@same_folder
 @given(TEXTS)
-def test_any_log_is_read_or_refused(tmp_path, content):
+def test_any_log_is_accepted_or_refused(tmp_path, content):
     for name in ("metrics.jsonl", "history.jsonl"):
         (tmp_path / name).write_bytes(content + b"\n")
-    works_or_explains(lambda: report.write(tmp_path))
+    call_or_refuse(lambda: report.write(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------- limits
 
 
-def test_nothing_is_fetched_and_nothing_written_elsewhere(dataset, tmp_path, command, monkeypatch):
-    """A whole run and its samples, with every connection refused, in a folder where nothing may be left."""
-
+def test_training_and_sampling_open_no_connection_and_write_only_to_their_folders(
+    dataset, tmp_path, command, monkeypatch
+):
     def refuse(self, address):
         raise AssertionError(f"a connection to {address}")
 
@@ -399,37 +406,37 @@ def test_nothing_is_fetched_and_nothing_written_elsewhere(dataset, tmp_path, com
 
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, refuse)
-    here, scratch = tmp_path / "here", tmp_path / "scratch"
-    here.mkdir(), scratch.mkdir()
-    monkeypatch.chdir(here)
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    working, temporary = tmp_path / "working", tmp_path / "temporary"
+    working.mkdir(), temporary.mkdir()
+    monkeypatch.chdir(working)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     before = files(ROOT), files(Path(dataset))
     status, output = command(train, *TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--evaluate_clips=2")
     assert status == 0, output
-    wanted = ("bells", "--duration", 1, "--out", tmp_path / "clips")
-    status, output = command(sample, tmp_path / "out" / "best.pt", *wanted)
+    best, clips = tmp_path / "out" / "best.pt", tmp_path / "clips"
+    status, output = command(sample, best, "bells", "--duration", 1, "--out", clips)
     assert status == 0, output
-    assert (files(ROOT), files(Path(dataset))) == before and not any(here.iterdir())
-    assert {path.name.partition("_")[0] for path in scratch.iterdir()} <= {"torchinductor"}  # torch's own
-    assert len(list((tmp_path / "clips").iterdir())) == 2
+    assert (files(ROOT), files(Path(dataset))) == before and not any(working.iterdir())
+    assert {path.name.partition("_")[0] for path in temporary.iterdir()} <= {"torchinductor"}
+    assert len(list(clips.iterdir())) == 2
 
 
 @pytest.mark.skipif(not shutil.which("prlimit"), reason="needs prlimit")
-def test_training_on_data_larger_than_memory(dataset, tmp_path):
-    """32 GB of tokens, with 2 GB of memory that is not a map of a file: shards are read where batches need them."""
+def test_data_larger_than_memory_can_be_trained_on(dataset, tmp_path):
+    """32 GB of codes with 2 GB of memory."""
     folder = Path(shutil.copytree(dataset, tmp_path / "large"))
-    frames, pieces = 2**32, 512
+    frames, n_tracks = 2**32, 512
     for name, dtype, shape in (("", np.uint16, (frames, 4)), ("_melody", np.uint8, (frames,))):
         np.lib.format.open_memmap(folder / f"train_000{name}.npy", "w+", dtype, shape)  # a sparse file, all zeros
-    size = frames // pieces
+    size = frames // n_tracks
     tracks = [dict(name=f"{i}", path=f"{i}.wav", caption="bells", metadata={}, first=i * size, frames=size)
-              for i in range(pieces)]  # fmt: skip
+              for i in range(n_tracks)]  # fmt: skip
     (folder / "train_000.jsonl").write_text("".join(json.dumps(track) + "\n" for track in tracks))
     meta = json.loads((folder / "meta.json").read_text())
     meta["train"]["frames"] = frames
     (folder / "meta.json").write_text(json.dumps(meta))
     assert (folder / "train_000.npy").stat().st_size > 32e9
     args = [*TOY, f"--data={folder}", f"--out={tmp_path / 'out'}", "--samples=0"]
-    done = subprocess.run(["prlimit", f"--data={2 * 2**30}", sys.executable, "train.py", *args], cwd=ROOT,
+    process = subprocess.run(["prlimit", f"--data={2 * 2**30}", sys.executable, "train.py", *args], cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0 and "listen:" in done.stdout, done.stdout + done.stderr
+    assert process.returncode == 0 and "listen:" in process.stdout, process.stdout + process.stderr

@@ -1,3 +1,5 @@
+"""Metrics on cases with known answers, evaluation of models, and the printed tables."""
+
 import json
 import math
 import re
@@ -13,6 +15,7 @@ from conftest import TOY, lines
 import common
 import config
 import data
+import distributed
 import metrics
 import train
 from codec import load_codec
@@ -21,6 +24,7 @@ from demo import corpus as demo_corpus
 from generate import generate, load_model
 from model import MusicLM
 from prepare import train_tokenizer
+from tools import probe, tables
 
 SHARES = ["chance", "real", "cfg 3", "cfg 1", "nothing"]
 
@@ -32,14 +36,14 @@ def codec():
 
 @pytest.fixture
 def evaluate(toy_run, codec, monkeypatch):
-    """`metrics.evaluate` of the toy run, or of another model, on any data set."""
+    """Return a function that calls `metrics.evaluate` for the toy run, or for another model, on a data set."""
 
     def call(folder, change=lambda train, valid: None, model=None, **settings):
         toy, s, _ = load_model(toy_run[0] / "best.pt")
         monkeypatch.setattr(metrics, "load_model", lambda path, device: (model or toy, s, None))
         for key, value in {"evaluate_clips": 3, **settings}.items():
             setattr(s, key, value)
-        train, valid = data.Tokens(folder, "train"), data.Tokens(folder, "valid")
+        train, valid = data.TokenDataset(folder, "train"), data.TokenDataset(folder, "valid")
         change(train, valid)
         return metrics.evaluate(toy_run[0] / "best.pt", codec, train, valid, s)
 
@@ -49,35 +53,35 @@ def evaluate(toy_run, codec, monkeypatch):
 # Fréchet distance
 
 
-def test_frechet_distance_is_the_closed_form():
+def test_frechet_distance_equals_the_closed_form():
     def diagonal(mean, variances):
         return torch.tensor(mean).double(), torch.diag(torch.tensor(variances).double())
 
     a, b = diagonal([1.0, 2.0, 0.0], [4.0, 1.0, 0.0]), diagonal([0.0, 0.0, 0.0], [1.0, 9.0, 0.25])
     assert metrics.frechet_distance(a, b) == pytest.approx(5 + 1 + 4 + 0.25)  # sum of (sigma1 - sigma2)^2
-    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double())[0]
-    turned = [(turn @ mean, turn @ cov @ turn.T) for mean, cov in (a, b)]
-    assert metrics.frechet_distance(*turned) == pytest.approx(10.25)
-    assert metrics.frechet_distance(*turned[::-1]) == pytest.approx(10.25)
-    # Covariances that do not commute: in two dimensions tr (C1 C2)^(1/2) = sqrt(tr C1 C2 + 2 sqrt(det C1 C2)).
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double())[0]
+    rotated = [(rotation @ mean, rotation @ cov @ rotation.T) for mean, cov in (a, b)]
+    assert metrics.frechet_distance(*rotated) == pytest.approx(10.25)
+    assert metrics.frechet_distance(*rotated[::-1]) == pytest.approx(10.25)
+    # covariances that do not commute: in two dimensions tr (C1 C2)^(1/2) = sqrt(tr C1 C2 + 2 sqrt(det C1 C2)).
     c1, c2 = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double(), torch.tensor([[5.0, -2.0], [-2.0, 1.0]]).double()
     trace = math.sqrt(float((c1 @ c2).trace()) + 2 * math.sqrt(5 * 1))
     zero = torch.zeros(2).double()
     assert metrics.frechet_distance((zero, c1), (zero, c2)) == pytest.approx(5 + 6 - 2 * trace)
 
 
-def test_running_sums_are_the_gaussian_of_all_vectors_at_once():
+def test_running_sums_give_the_gaussian_of_all_vectors():
     x = 1000 + torch.randn(5, 60, generator=torch.Generator().manual_seed(0))
     mean, cov = metrics.gaussian(x.split((1, 9, 50), dim=1))
     torch.testing.assert_close(mean, x.double().mean(1))
     torch.testing.assert_close(cov, torch.cov(x.double(), correction=0))
 
 
-def test_frechet_distance_orders_music_and_what_is_less(dataset, codec):
-    """Held-out music is nearest; then its own frames in another order and codes drawn by frequency; then silence."""
-    train, valid = data.Tokens(dataset, "train"), data.Tokens(dataset, "valid")
+def test_frechet_distance_orders_music_shuffled_music_noise_and_silence(dataset, codec):
+    """Held-out music is nearest; then the same frames in another order, and codes drawn by frequency; then silence."""
+    train, valid = data.TokenDataset(dataset, "train"), data.TokenDataset(dataset, "valid")
     rng = torch.Generator().manual_seed(0)
-    real, held_out = ([metrics.clip_of(tokens, t, 320) for t in tokens.tracks] for tokens in (train, valid))
+    real, held_out = ([metrics.read_clip(split, track, 320) for track in split.tracks] for split in (train, valid))
     shuffled = [clip[:, torch.randperm(clip.shape[1], generator=rng)] for clip in held_out]
     weights = torch.from_numpy(np.load(dataset / "counts.npy")[0]).double()
     noise = [torch.multinomial(weights, 320, True, generator=rng) for _ in held_out]
@@ -89,17 +93,17 @@ def test_frechet_distance_orders_music_and_what_is_less(dataset, codec):
     assert 2 * max(distances[2:4]) < distances[4], distances
 
 
-def test_the_floor_is_music_of_the_same_lengths(dataset, codec, monkeypatch):
-    train, valid = data.Tokens(dataset, "train"), data.Tokens(dataset, "valid")
-    real = [metrics.clip_of(valid, valid.tracks[0], T) for T in (50, 80)]
-    target, sets, measure = metrics.latent_gaussian(codec, real), [], metrics.latent_gaussian
+def test_the_floor_compares_clips_of_the_same_lengths(dataset, codec, monkeypatch):
+    train, valid = data.TokenDataset(dataset, "train"), data.TokenDataset(dataset, "valid")
+    held_out = [metrics.read_clip(valid, valid.tracks[0], T) for T in (50, 80)]
+    target, sets, measure = metrics.latent_gaussian(codec, held_out), [], metrics.latent_gaussian
 
     def remember(codec, clips):
         sets.append(list(clips))
         return measure(codec, sets[-1])
 
     monkeypatch.setattr(metrics, "latent_gaussian", remember)
-    assert 0 < metrics.frechet_floor(codec, train, real, target) < math.inf
+    assert 0 < metrics.frechet_floor(codec, train, held_out, target) < math.inf
     assert len(sets) == min(metrics.FLOOR_DRAWS, len(train.tracks) // 2)
     assert all([clip.shape[1] for clip in clips] == [50, 80] for clips in sets)
     assert len({clip.numpy().tobytes() for clips in sets for clip in clips}) == 2 * len(sets)
@@ -108,47 +112,48 @@ def test_the_floor_is_music_of_the_same_lengths(dataset, codec, monkeypatch):
 # Chroma
 
 
-def tones(*hertz, seconds=2.0, rate=16_000):
+def make_tones(*hertz, seconds=2.0, rate=16_000):
     t = torch.arange(round(seconds * rate)) / rate
     return 0.1 * sum(torch.sin(2 * math.pi * f * t) for f in hertz)[None]
 
 
 @pytest.mark.parametrize("rate", [16_000, 32_000, 44_100])
 def test_chroma_of_every_semitone_from_c2_to_b7(rate):
-    wav = torch.cat([tones(440 * 2 ** ((midi - 69) / 12), rate=rate, seconds=1) for midi in range(36, 108)])
+    wav = torch.cat([make_tones(440 * 2 ** ((midi - 69) / 12), rate=rate, seconds=1) for midi in range(36, 108)])
     chroma = chromagram(wav, rate)
     assert chroma.shape == (72, 12, math.ceil(rate / (rate // 8)))
     torch.testing.assert_close(chroma.sum(1), torch.ones(72, chroma.shape[2]))
-    for midi, found in enumerate(chroma[:, :, 2:6], 36):
-        assert found[midi % 12].min() > 0.8, midi
+    for midi, frames in enumerate(chroma[:, :, 2:6], 36):
+        assert frames[midi % 12].min() > 0.8, midi
 
 
 def test_chroma_of_notes_and_a_chord():
-    assert int(chromagram(tones(440.0), 16_000)[0].mean(1).argmax()) == 9
-    assert int(chromagram(tones(523.25), 16_000)[0].mean(1).argmax()) == 0
-    chord = chromagram(tones(261.63, 329.63, 392.0), 16_000)[0].mean(1)  # C major
+    assert int(chromagram(make_tones(440.0), 16_000)[0].mean(1).argmax()) == 9
+    assert int(chromagram(make_tones(523.25), 16_000)[0].mean(1).argmax()) == 0
+    chord = chromagram(make_tones(261.63, 329.63, 392.0), 16_000)[0].mean(1)  # C major
     torch.testing.assert_close(chord[[0, 4, 7]], torch.full((3,), 1 / 3), atol=0.03, rtol=0)
 
 
-def test_chroma_changes_when_the_note_does():
-    """Frames are centred on their own eighth of a second, whatever else the batch holds."""
-    wav = torch.cat([tones(440.0, seconds=1), tones(523.25, seconds=1.01)], dim=1)
+def test_chroma_changes_with_the_note():
+    """A frame is centred on its 0.125 s, and does not depend on the rest of the batch."""
+    wav = torch.cat([make_tones(440.0, seconds=1), make_tones(523.25, seconds=1.01)], dim=1)
     chroma = chromagram(torch.cat([0 * wav, wav]), 16_000)
     assert chroma.shape == (2, 12, 17) and chroma[0].abs().max() == 0
     assert chroma[1].argmax(0).tolist() == [9] * 8 + [0] * 9
     torch.testing.assert_close(chroma[1:], chromagram(wav, 16_000))
 
 
-def test_silence_is_no_note():
+def test_silence_has_no_chroma():
     noise = torch.randn(1, 32_000, generator=torch.Generator().manual_seed(0))
-    assert chromagram(1e-4 * noise, 16_000).abs().max() == 0 and chromagram(tones(30.0), 16_000)[:, :, 2:-2].max() == 0
+    assert chromagram(1e-4 * noise, 16_000).abs().max() == 0
+    assert chromagram(make_tones(30.0), 16_000)[:, :, 2:-2].max() == 0
     assert chromagram(1e-2 * noise, 16_000).sum(1).min() == pytest.approx(1)
-    half = chromagram(torch.cat([tones(440.0), torch.zeros(1, 32_000)], dim=1), 16_000)[0].sum(0)
+    half = chromagram(torch.cat([make_tones(440.0), torch.zeros(1, 32_000)], dim=1), 16_000)[0].sum(0)
     assert half[:16].min() == pytest.approx(1) and half[19:].max() == 0
 
 
 def test_chroma_similarity():
-    c, a, both = (chromagram(tones(*hertz), 16_000)[0] for hertz in ([261.63], [440.0], [261.63, 440.0]))
+    c, a, both = (chromagram(make_tones(*hertz), 16_000)[0] for hertz in ([261.63], [440.0], [261.63, 440.0]))
     silent = torch.zeros_like(c)
     assert metrics.chroma_similarity(both, both) == pytest.approx(1)
     assert metrics.chroma_similarity(c, a) < 0.02
@@ -163,16 +168,17 @@ def test_chroma_similarity():
 # Caption adherence
 
 
-def test_attributes_are_texts_of_few_values(dataset):
-    found = metrics.attributes_of(data.Tokens(dataset, "train"))
-    assert found["drums"] == ["no", "yes"] and set(found["instrument"]) <= set(demo_corpus.ATTRIBUTES["instrument"])
-    assert "bpm" not in found and all(2 <= len(values) <= 7 for values in found.values())
+def test_attributes_are_texts_with_2_to_7_values(dataset):
+    attributes = probe.attributes_of(data.TokenDataset(dataset, "train"))
+    assert attributes["drums"] == ["no", "yes"]
+    assert set(attributes["instrument"]) <= set(demo_corpus.ATTRIBUTES["instrument"])
+    assert "bpm" not in attributes and all(2 <= len(values) <= 7 for values in attributes.values())
 
 
-def test_tracks_may_lack_attributes_or_hold_other_types(own_dataset, evaluate):
-    """Real metadata is patchy: an attribute is scored on the tracks that have it, and left out where none has."""
+def test_tracks_may_lack_attributes_or_have_other_types(dataset_copy, evaluate):
+    """An attribute is measured on the tracks that have it, and left out if no held-out track has it."""
 
-    def patchy(train, valid):
+    def remove_some(train, valid):
         for i, track in enumerate(train.tracks + valid.tracks):
             track["metadata"] = [{"genre": "jazz", "mood": 3}, {"genre": "rock"}, {"genre": 7}, {}][i % 4]
         for track in valid.tracks[:1]:
@@ -180,36 +186,36 @@ def test_tracks_may_lack_attributes_or_hold_other_types(own_dataset, evaluate):
         train.tracks[0]["metadata"] = {"only_in_training": "a"}
         train.tracks[1]["metadata"] = {"only_in_training": "b", "genre": "rock"}
 
-    table = evaluate(own_dataset, patchy, evaluate_clips=2)["adherence"]
+    table = evaluate(dataset_copy, remove_some, evaluate_clips=2)["adherence"]
     assert list(table) == ["genre"] and list(table["genre"]) == SHARES and 0 <= table["genre"]["real"] <= 1
 
 
-def test_the_probe_hears_what_captions_ask_for_and_not_noise():
+def test_the_probe_detects_the_attributes_of_captions():
     clips = [demo_corpus.make_clip(17, i) for i in range(160)]
     wav = torch.stack([torch.from_numpy(clip[:90_000]) for clip, _ in clips])
-    x = metrics.features(wav, 16_000)
-    for attribute, least in (("instrument", 0.8), ("tempo", 0.9), ("drums", 0.9)):
-        labels = [about[attribute] for _, about in clips]
-        probe = metrics.Probe(x[:120], labels[:120], demo_corpus.ATTRIBUTES[attribute])
-        assert probe.accuracy(x[120:], labels[120:]) >= least, attribute
+    x = probe.features(wav, 16_000)
+    for attribute, minimum in (("instrument", 0.8), ("tempo", 0.9), ("drums", 0.9)):
+        labels = [metadata[attribute] for _, metadata in clips]
+        fitted = probe.Probe(x[:120], labels[:120], demo_corpus.ATTRIBUTES[attribute])
+        assert fitted.accuracy(x[120:], labels[120:]) >= minimum, attribute
         shuffled = list(np.random.default_rng(0).permutation(labels[120:]))
-        assert probe.accuracy(x[120:], shuffled) < least - 0.15, attribute
-    is_major = np.array([about["mode"] == "major" for _, about in clips])
+        assert fitted.accuracy(x[120:], shuffled) < minimum - 0.15, attribute
+    is_major = np.array([metadata["mode"] == "major" for _, metadata in clips])
     assert np.mean((x[:, -2] > x[:, -1]).numpy() == is_major) > 0.65
 
 
-def test_onsets_show_the_beat():
+def test_the_autocorrelation_of_onsets_peaks_at_the_beat():
     wav = torch.zeros(1, 16_000 * 6)
     wav[:, :: 16_000 // 2] = 1  # 120 clicks a minute: a lag of 25 frames
-    correlation = metrics.features(wav, 16_000)[0, 160:-2]
+    correlation = probe.features(wav, 16_000)[0, 160:-2]
     assert int(correlation.argmax()) + 5 == pytest.approx(25, abs=1)
 
 
 def test_silence_has_features():
-    assert metrics.features(torch.zeros(1, 16_000 * 3), 16_000).isfinite().all()
+    assert probe.features(torch.zeros(1, 16_000 * 3), 16_000).isfinite().all()
 
 
-# The whole
+# evaluate
 
 
 def test_evaluate(dataset, evaluate, capsys):
@@ -223,22 +229,22 @@ def test_evaluate(dataset, evaluate, capsys):
     assert {"instrument", "drums"} <= set(result["adherence"]) and list(result["adherence"]["drums"]) == SHARES
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     printed = capsys.readouterr().out
-    for part in (f"{result['fad_real']:.2f}", f"{result['chroma_chance']:.2f}", "instrument", "of real"):
+    for part in (f"{result['fad_real']:.2f}", f"{result['chroma_chance']:.2f}", "instrument", "cfg 3 / real"):
         assert part in printed
 
 
 class Replay:
-    """A model that plays the held-out clips themselves, and noise where the shorter ones have ended."""
+    """A model that returns the held-out clips, and noise after the end of shorter ones."""
 
     K, trained_frames = 4, 400
 
-    def __init__(self, tokens):
-        self.tokens = tokens
+    def __init__(self, dataset):
+        self.dataset = dataset
 
     def generate(self, conditions, frames, seeds):
         codes = noise(conditions, seeds, frames)
         for clip, seed in zip(codes, seeds):
-            real = metrics.clip_of(self.tokens, self.tokens.tracks[seed], frames)
+            real = metrics.read_clip(self.dataset, self.dataset.tracks[seed], frames)
             clip[:, : real.shape[1]] = real
         return codes
 
@@ -253,8 +259,8 @@ class Noise:
 
 
 @pytest.fixture(autouse=True)
-def pretended_models(monkeypatch):
-    """`generate` as it is, but for models that say themselves what they play."""
+def fake_models(monkeypatch):
+    """Let `generate` return the codes of a fake model, if it gets one."""
 
     def call(model, conditions, frames, prompt=None, progress=None, seeds=None, **options):
         if isinstance(model, (Replay, Noise)):
@@ -262,9 +268,9 @@ def pretended_models(monkeypatch):
         return generate(model, conditions, frames, prompt, progress, seeds=seeds, **options)
 
     monkeypatch.setattr(metrics, "generate", call)
-    at_once = metrics.clips_at_once
+    clips_per_batch = metrics.clips_per_batch
     monkeypatch.setattr(
-        metrics, "clips_at_once", lambda model: 32 if type(model) in (Replay, Noise) else at_once(model)
+        metrics, "clips_per_batch", lambda model: 32 if type(model) in (Replay, Noise) else clips_per_batch(model)
     )
 
 
@@ -275,90 +281,91 @@ def noise(conditions, seeds, frames):
     return torch.from_numpy(np.stack([rng.integers(512, size=(4, frames)) for rng in rngs]))
 
 
-def test_music_itself_and_noise(dataset, evaluate):
-    """What a shorter clip's fellow plays after its end leaves no trace."""
-    valid = data.Tokens(dataset, "valid")
+def test_replayed_music_and_noise(dataset, evaluate):
+    """The noise after the end of a shorter clip does not count."""
+    valid = data.TokenDataset(dataset, "valid")
     assert min(track["frames"] for track in valid.tracks[:3]) < 400, "the test is about clips shorter than T"
-    perfect, awful = evaluate(dataset, model=Replay(valid)), evaluate(dataset, model=Noise())
-    assert perfect["fad"] < 1e-3 < perfect["fad_real"] == awful["fad_real"] < awful["fad"]
-    assert perfect["chroma"] == pytest.approx(1) and perfect["chroma_chance"] < 0.9
-    assert awful["chroma"] == pytest.approx(awful["chroma_chance"], abs=0.05)
+    replayed, random = evaluate(dataset, model=Replay(valid)), evaluate(dataset, model=Noise())
+    assert replayed["fad"] < 1e-3 < replayed["fad_real"] == random["fad_real"] < random["fad"]
+    assert replayed["chroma"] == pytest.approx(1) and replayed["chroma_chance"] < 0.9
+    assert random["chroma"] == pytest.approx(random["chroma_chance"], abs=0.05)
 
 
-def test_clips_that_follow_their_melody_are_told_from_others(dataset, evaluate):
-    melody = evaluate(dataset, model=Replay(data.Tokens(dataset, "valid")), melody=True, clip_seconds=6.0)["melody"]
+def test_clips_are_more_similar_to_their_melody_than_to_others(dataset, evaluate):
+    replay = Replay(data.TokenDataset(dataset, "valid"))
+    melody = evaluate(dataset, model=replay, melody=True, clip_seconds=6.0)["melody"]
     assert list(melody) == ["real", "cfg 3", "cfg 1", "melody alone", "text alone", "nothing"]
     assert melody["cfg 3"] == melody["real"] and melody["real"]["own"] > melody["real"]["shuffled"] + 0.2
     assert evaluate(dataset, model=Noise())["melody"] == {}
 
 
-@pytest.mark.parametrize("lacking", ["attributes", "captions", "both"])
-def test_without_attributes_or_captions(lacking, own_dataset, evaluate, capsys):
+@pytest.mark.parametrize("missing", ["attributes", "captions", "both"])
+def test_without_attributes_or_captions(missing, dataset_copy, evaluate, capsys):
     def strip(train, valid):
         for track in train.tracks + valid.tracks:
-            track["metadata"] = {"bpm": 120.0} if lacking in ("attributes", "both") else track["metadata"]
-            track["caption"] = "" if lacking in ("captions", "both") else track["caption"]
+            track["metadata"] = {"bpm": 120.0} if missing in ("attributes", "both") else track["metadata"]
+            track["caption"] = "" if missing in ("captions", "both") else track["caption"]
 
-    result = evaluate(own_dataset, strip, evaluate_clips=2)
-    if lacking == "captions":  # the other metadata are heard in their place
+    result = evaluate(dataset_copy, strip, evaluate_clips=2)
+    if missing == "captions":  # the metadata replaces the captions
         assert set(result["adherence"]) >= {"instrument", "tempo", "mode", "texture", "drums"}
         return
     assert result["adherence"] == {} and all(math.isfinite(result[key]) for key in ("fad", "fad_real", "chroma", "rtf"))
     assert "caption adherence: not measured" in capsys.readouterr().out
 
 
-def test_a_single_clip_and_more_clips_than_there_are(dataset, evaluate):
+def test_one_clip_and_more_clips_than_held_out_tracks(dataset, evaluate):
     one = evaluate(dataset, evaluate_clips=1)
     assert one["clips"] == 1 and all(
         math.isfinite(value) for key, value in one.items() if key not in ("adherence", "melody")
     )
-    few = len(data.Tokens(dataset, "valid").tracks)
-    assert evaluate(dataset, evaluate_clips=few + 5)["clips"] == few
+    tracks = len(data.TokenDataset(dataset, "valid").tracks)
+    assert evaluate(dataset, evaluate_clips=tracks + 5)["clips"] == tracks
 
 
 @pytest.mark.parametrize("ranks", [2, 5])
-def test_shares_of_several_ranks_are_the_whole(ranks, dataset, evaluate, monkeypatch):
-    """Each rank is a thread here; with more ranks than clips, some have none to make."""
-    whole = evaluate(dataset, model=Noise())
-    here, meet, values = threading.local(), threading.Barrier(ranks, timeout=60), [None] * ranks
+def test_several_ranks_get_the_result_of_one(ranks, dataset, evaluate, monkeypatch):
+    """Each rank is a thread here. With more ranks than clips, some ranks generate nothing."""
+    single = evaluate(dataset, model=Noise())
+    local, barrier, values = threading.local(), threading.Barrier(ranks, timeout=60), [None] * ranks
 
     def gather(value):
-        values[here.rank] = value
-        meet.wait()
-        found = list(values)
-        meet.wait()
-        return found
+        values[local.rank] = value
+        barrier.wait()
+        gathered = list(values)
+        barrier.wait()
+        return gathered
 
     def run(rank):
-        here.rank = rank
+        local.rank = rank
         return evaluate(dataset, model=Noise())
 
-    monkeypatch.setattr(common, "rank", lambda: here.rank)
-    monkeypatch.setattr(common, "world_size", lambda: ranks)
-    monkeypatch.setattr(common, "gather", gather)
-    monkeypatch.setattr(common, "barrier", meet.wait)
+    monkeypatch.setattr(distributed, "rank", lambda: local.rank)
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(distributed, "gather", gather)
+    monkeypatch.setattr(distributed, "barrier", barrier.wait)
     with ThreadPoolExecutor(ranks) as pool:
         results = list(pool.map(run, range(ranks)))
     assert all(result == results[0] for result in results)
-    for result in (whole, results[0]):
+    for result in (single, results[0]):
         assert result.pop("rtf") > 0
-    assert results[0] == whole
+    assert results[0] == single
 
 
-def test_many_clips_are_those_generated_one_by_one(toy_run, monkeypatch):
+def test_batches_of_clips_equal_clips_generated_one_by_one(toy_run, monkeypatch):
     model, s, _ = load_model(toy_run[0] / "best.pt")
-    s.temperature = 0.0  # after six steps codes are so nearly equal that rounding would decide between them
+    s.temperature = 0.0  # after 6 steps, codes are nearly equally likely, so rounding would change sampled ones
     conditions = [{"text": text} for text in ("slow piano", "fast organ", "bells")]
     prompts = torch.randint(512, (3, 4, 10), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(metrics, "clips_at_once", lambda model: 2)
-    many = metrics.generate_many(model, conditions, 50, 3.0, s, "clips", prompts)
+    monkeypatch.setattr(metrics, "clips_per_batch", lambda model: 2)
+    together = metrics.generate_many(model, conditions, 50, 3.0, s, "clips", prompts)
     for i in range(3):
         alone = generate(model, conditions[i : i + 1], 50, prompt=prompts[i : i + 1], cfg=3.0, temperature=0)
-        assert torch.equal(many[i : i + 1], alone) and torch.equal(many[i, :, :10], prompts[i])
+        assert torch.equal(together[i : i + 1], alone) and torch.equal(together[i, :, :10], prompts[i])
 
 
 @pytest.mark.parametrize("device, dtype", [("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")])
-def test_a_gpu_generates_in_bfloat16_what_was_trained_in_it(device, dtype, toy_run, monkeypatch):
+def test_a_model_trained_in_bfloat16_generates_in_it_on_a_gpu(device, dtype, toy_run, monkeypatch):
     model, s, _ = load_model(toy_run[0] / "best.pt")
     s.dtype = "bfloat16" if device == "cpu" else dtype
     monkeypatch.setattr(metrics, "load_model", lambda path, device: (model, s, None))
@@ -366,46 +373,61 @@ def test_a_gpu_generates_in_bfloat16_what_was_trained_in_it(device, dtype, toy_r
     assert metrics.load("best.pt", torch.device(device)).heads.weight.dtype == getattr(torch, dtype)
 
 
-def test_the_caches_of_clips_generated_together_stay_within_their_room():
+def test_the_caches_of_a_batch_stay_within_2_gib():
     with torch.device("meta"):
         codec, tokenizer = dict(K=4, card=2048, frame_rate=50, dim=8), train_tokenizer([], 300)
         small = MusicLM(config.load(["config/small.py", "--dim=256"], ""), codec, tokenizer)
-    assert metrics.cache_steps(1500 + 4) == 1536
-    clips, with_null = metrics.clips_at_once(small), 2
-    assert clips == 2**31 // (with_null * 2 * 24 * 1536 * 256 * 4) == 14
+    assert metrics.cache_length(1500 + 4) == 1536
+    groups = 2  # with and without conditions
+    assert metrics.clips_per_batch(small) == 2**31 // (groups * 2 * 24 * 1536 * 256 * 4) == 14
     small.heads.bfloat16()
-    assert metrics.clips_at_once(small) == 2**31 // (with_null * 2 * 24 * 1536 * 256 * 2) == 28
+    assert metrics.clips_per_batch(small) == 2**31 // (groups * 2 * 24 * 1536 * 256 * 2) == 28
 
 
 def test_the_command_line(toy_run, tmp_path, command):
     (tmp_path / "best.pt").write_bytes((toy_run[0] / "best.pt").read_bytes())
     status, output = command(metrics, tmp_path, "--clips", 2, "--device", "cpu")
     assert status == 0 and "Fréchet" in output and "real-time factor" in output, output
-    found = json.loads((tmp_path / "metrics.json").read_text())
-    assert found["clips"] == 2 and list(found["adherence"]["drums"]) == SHARES
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["clips"] == 2 and list(result["adherence"]["drums"]) == SHARES
     status, output = command(metrics, tmp_path, tmp_path / "best.pt", "--clips", 3, "--device", "cpu")
     assert status == 0 and "mean and standard error over 2 runs" in output
-    assert re.search(r"\nreal( +\d\.\d\d ± 0\.00){4,}\n", output), "the same model twice differs by nothing"
+    assert re.search(r"\nreal( +\d\.\d\d ± 0\.00){4,}\n", output), "the same model twice: no error"
     status, output = command(metrics, tmp_path, "--clips", 0)
     assert status == 2 and "--clips 0: must be at least 1" in output
     assert "--cfg nan: must be a number" in command(metrics, tmp_path, "--cfg", "nan")[1]
 
 
+def make_result(fad, share, melody=None):
+    adherence = {"drums": {"chance": 0.5, "real": 0.8, "cfg 3": share}}
+    return dict(clips=25, fad=fad, fad_real=2.0, chroma=0.5, chroma_chance=0.4, rtf=3.0, adherence=adherence,
+                melody=melody or {})  # fmt: skip
+
+
+def test_the_table_of_one_result(capsys):
+    tables.print_results([make_result(10.0, 0.6, {"real": dict(own=0.9, shuffled=0.3)})])
+    printed = " ".join(capsys.readouterr().out.split())
+    for part in ("25 clips", "latents 10.00", "real music 2.00", "music 0.50", "chance 0.40", "factor 3.00"):
+        assert part in printed, printed
+    assert "at most 0.10" in printed  # 0.5 / sqrt(25)
+    assert "drums melody shuffled chance 0.50 real 0.80 0.90 0.30 cfg 3 0.60 cfg 3 / real 0.75" in printed
+
+
 def test_means_and_standard_errors_over_runs(capsys):
-    results = [dict(fad=fad, chroma=0.5, chroma_chance=0.4, adherence={"drums": {"real": 1.0, "cfg 3": share}})
-               for fad, share in ((10.0, 0.7), (12.0, 0.8), (14.0, 0.9))]  # fmt: skip
-    results[0]["adherence"]["drums"]["cfg 4"] = 0.5  # which the others have not
-    results[0]["adherence"]["tempo"] = {"real": 1.0, "cfg 3": 0.5}
-    metrics.print_means(results)
-    printed = capsys.readouterr().out
-    assert "cfg 4" not in printed and "tempo" not in printed
-    assert "fad                  12.00 ± 1.15" in printed and "0.80 ± 0.06" in printed  # 2 / sqrt(3), 0.1 / sqrt(3)
+    results = [make_result(fad, share) for fad, share in ((10.0, 0.7), (12.0, 0.8), (14.0, 0.9))]
+    results[0]["adherence"]["drums"]["cfg 4"] = 0.5  # missing in the other runs
+    results[0]["adherence"]["tempo"] = {"chance": 0.5, "real": 1.0, "cfg 3": 0.5}
+    tables.print_results(results)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "cfg 4" not in printed and "tempo" not in printed and "over 3 runs" in printed
+    assert "latents 12.00 ± 1.15" in printed and "0.80 ± 0.06" in printed  # 2 / sqrt(3), 0.1 / sqrt(3)
+    assert "1.00 ± 0.07" in printed  # 0.1 / 0.8 / sqrt(3), of the ratio to real music
 
 
-def test_clips_may_be_longer_than_what_was_trained_on(dataset, tmp_path, command):
+def test_clips_may_be_longer_than_the_trained_length(dataset, tmp_path, command):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--positions=rope", "--clip_seconds=1.8"]
     assert command(train, *args, "--evaluate_clips=2")[0] == 0
     (clip,) = lines(tmp_path / "history.jsonl")[-2]["clips"]
     assert soundfile.info(tmp_path / clip["free"]).duration == pytest.approx(1.8)
-    (found,) = (line for line in lines(tmp_path / "history.jsonl") if line["stage"] == "evaluate")
-    assert found["clips"] == 2 and 0 <= found["adherence"]["drums"]["cfg 3"] <= 1
+    (result,) = (line for line in lines(tmp_path / "history.jsonl") if line["stage"] == "evaluate")
+    assert result["clips"] == 2 and 0 <= result["adherence"]["drums"]["cfg 3"] <= 1

@@ -1,128 +1,146 @@
+"""MusicLM: positions, attention, masks, loss, and the numbers that a run reports."""
+
 import math
 
 import pytest
 import torch
 from conftest import finish, start
-from models import CODEC, ORGAN, PIANO, make_batch, make_model
+from models import CODEC, ORGAN, PATTERNS, PIANO, make_batch, make_model
 
 from conditioning import to_device
-from model import attention, freeze, rotate, rotations, sinusoids
+from data import count_targets
+from model import attention, freeze, rotate, rotations
+
+each_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
-@pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
-def test_a_melody_stands_where_its_frames_do_and_a_style_nowhere(pattern):
+@each_pattern
+def test_a_note_has_the_position_of_its_frame_and_a_style_has_none(pattern):
     model = make_model(pattern=pattern, segment=2.0)
-    rows = model.conditioner.prepended["melody"].rows
-    places = model.conditioner.positions("cpu")
-    frames = ((torch.arange(rows) + 0.5) * 50 / 8).long()
-    assert rows == 16 and (places[:rows] - frames).abs().max() < 1 and not places[rows:].any()
-    steps = model.pattern(100).step[:, frames].float().mean(0)
-    prefix, _ = model.add_positions(torch.zeros(1, model.conditioner.rows + 7, 32), model.positions(7))
-    shifts = [(prefix[0, :rows] - sinusoids(steps + shift, 32)).abs().mean() for shift in range(-8, 9)]
-    assert -6 <= range(-8, 9)[int(torch.stack(shifts).argmin())] <= 0, "within a frame of where its codes stand"
+    P = model.conditioner.prepended["melody"].length
+    prefix_positions = model.conditioner.prefix_positions("cpu")
+    frames = ((torch.arange(P) + 0.5) * 50 / 8).long()
+    assert P == 16 and (prefix_positions[:P] - frames).abs().max() < 1 and not prefix_positions[P:].any()
+    shift = model.positions(7)[:P] - model.pattern(100).position[:, frames].float().mean(0)
+    assert -6 <= shift.mean() <= 0 and shift.std() < 2, "about one frame before the frame's codes, for every note"
+    assert model.positions(7)[model.conditioner.prefix_length :].tolist() == list(range(7))
 
 
 @pytest.mark.parametrize("S, kind", [(1, "mask"), (40, "mask"), (40, "causal"), (600, "causal")])
 @pytest.mark.parametrize("cached", [False, True])
-def test_attention_in_bfloat16_is_that_of_float32(S, kind, cached):
-    """Values and gradients, where torch's own is called and where it is not, and with a cache in float32."""
+def test_attention_in_bfloat16_equals_that_in_float32_in_values_and_gradients(S, kind, cached):
     q, k, v = torch.randn(3, 2, 4, S + 5, 16).bfloat16()
     q, mask = q[:, :, :S] if kind == "mask" else q, torch.rand(2, 1, 1, S + 5) > 0.3
-    found = []
+    results = []
     for dtype in (torch.float32, torch.bfloat16):
-        kv_dtype = torch.float32 if cached else dtype
-        leaves = [x.detach().to(to).requires_grad_() for x, to in ((q, dtype), (k, kv_dtype), (v, kv_dtype))]
+        cache_dtype = torch.float32 if cached else dtype
+        leaves = [x.detach().to(to).requires_grad_() for x, to in ((q, dtype), (k, cache_dtype), (v, cache_dtype))]
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             out = attention(*leaves, mask) if kind == "mask" else attention(*leaves, None, is_causal=True)
-        found.append([out.detach(), *torch.autograd.grad((out * v[:, :, : out.shape[2]]).sum(), leaves)])
-    for exact, rounded in zip(*found):
+        results.append([out.detach(), *torch.autograd.grad((out * v[:, :, : out.shape[2]]).sum(), leaves)])
+    for exact, rounded in zip(*results):
         torch.testing.assert_close(rounded.float(), exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
 
 
-def test_rotary_positions_are_relative():
-    """The product of a query and a key depends on how far apart they stand, not on where."""
+def test_products_of_rotated_queries_and_keys_depend_only_on_their_distance():
     q, k = torch.randn(2, 1, 1, 1, 16)
     product = {}
     for m, n in ((0, 3), (40, 43), (1000, 1003), (0, 4)):
-        q_at, k_at = (rotate(x, rotations(torch.tensor([position]), 16)) for x, position in ((q, m), (k, n)))
-        product[m, n] = float((q_at * k_at).sum())
+        rotated_q, rotated_k = (rotate(x, rotations(torch.tensor([position]), 16)) for x, position in ((q, m), (k, n)))
+        product[m, n] = float((rotated_q * rotated_k).sum())
     assert product[0, 3] == pytest.approx(product[40, 43], abs=1e-4) == pytest.approx(product[1000, 1003], abs=1e-3)
     assert abs(product[0, 3] - product[0, 4]) > 1e-2
     torch.testing.assert_close(rotate(q, rotations(torch.tensor([0]), 16)), q)
 
 
-def test_a_rotary_model_knows_how_far_apart_steps_stand_and_not_where(monkeypatch):
-    """With sinusoids, the other way of settings.positions, a shift of all steps changes the logits."""
+def test_a_shift_of_all_positions_changes_logits_with_sinusoids_but_not_with_rotations(monkeypatch):
     codes, logits = torch.randint(0, 64, (2, 4, 12)), {}
-    for positions in ("rope", "sinusoidal"):
-        model = make_model(positions=positions)
-        usual, inputs = model.positions, model.conditioner.prepare([PIANO, ORGAN])
-        for way, move in dict(usual=lambda x: x, shifted=lambda x: x + 7, stretched=lambda x: 2 * x).items():
-            monkeypatch.setattr(model, "positions", lambda S, move=move, usual=usual: move(usual(S)))
-            logits[positions, way] = model.aligned_logits(codes, inputs).nan_to_num()
-    torch.testing.assert_close(logits["rope", "usual"], logits["rope", "shifted"], rtol=1e-3, atol=1e-3)
-    for other in (("rope", "stretched"), ("sinusoidal", "usual")):
-        assert (logits["rope", "usual"] - logits[other]).abs().max() > 0.1
-    assert (logits["sinusoidal", "usual"] - logits["sinusoidal", "shifted"]).abs().max() > 0.1
+    for kind in ("rope", "sinusoidal"):
+        model = make_model(positions=kind)
+        positions, tensors = model.positions, model.conditioner.tokenize([PIANO, ORGAN])
+        for change, moved in dict(none=lambda x: x, shift=lambda x: x + 7, stretch=lambda x: 2 * x).items():
+            monkeypatch.setattr(model, "positions", lambda S, moved=moved, positions=positions: moved(positions(S)))
+            logits[kind, change] = model.aligned_logits(codes, tensors).nan_to_num()
+    torch.testing.assert_close(logits["rope", "none"], logits["rope", "shift"], rtol=1e-3, atol=1e-3)
+    for other in (("rope", "stretch"), ("sinusoidal", "none")):
+        assert (logits["rope", "none"] - logits[other]).abs().max() > 0.1
+    assert (logits["sinusoidal", "none"] - logits["sinusoidal", "shift"]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("pattern", ["delay", "parallel", "unrolled"])
+@each_pattern
 def test_loss_in_pattern_order_equals_loss_on_aligned_logits(pattern):
     model = make_model(pattern=pattern)
-    codes, valid, scored, inputs = make_batch(model)
-    ce_sum, count = model(codes, valid, scored, inputs)
-    shown = codes.masked_fill(~valid[:, None], model.special)  # padding is no code
-    nll = -model.aligned_logits(shown, inputs).log_softmax(-1).gather(-1, codes[..., None])[..., 0]
-    mask = scored[:, None] & model.pattern(12, training=True).frame_mask
-    assert count.tolist() == mask.sum((0, 2)).tolist()
-    torch.testing.assert_close(ce_sum, nll.masked_fill(~mask, 0).sum((0, 2)))
+    codes, not_padding, in_loss, tensors, targets = make_batch(model)
+    input_codes = codes.masked_fill(~not_padding[:, None], model.special)
+    ce = -model.aligned_logits(input_codes, tensors).log_softmax(-1).gather(-1, codes[..., None])[..., 0]
+    mask = in_loss[:, None] & model.pattern(12, training=True).frame_mask
+    assert targets.tolist() == mask.sum((0, 2)).tolist()
+    torch.testing.assert_close(model(codes, not_padding, in_loss, tensors), ce.masked_fill(~mask, 0).sum((0, 2)))
+
+
+@each_pattern
+def test_the_loss_sums_over_targets_per_codebook(pattern):
+    """A model with heads of zero has ce ln(card) at each target, so its loss counts them."""
+    model = make_model(pattern=pattern)
+    torch.nn.init.zeros_(model.heads.weight)
+    *inputs, targets = make_batch(model, T=12)
+    by_hand = torch.zeros(4)
+    for item in inputs[2]:
+        for t in range(12):
+            for k in range(4):
+                position = {"delay": 1 + t + k, "parallel": 1 + t, "unrolled": 1 + 4 * t + k}[pattern]
+                last = {"delay": 12, "parallel": 12, "unrolled": 48}[pattern]
+                by_hand[k] += item[t] and position <= last
+    assert by_hand.tolist() == targets.tolist() and 0 < by_hand.min() < inputs[0][:, 0].numel()
+    torch.testing.assert_close(model(*inputs), by_hand * math.log(64))
 
 
 @pytest.mark.parametrize("card", [64, 512, 2048])
 def test_loss_at_init_is_within_2_percent_of_uniform(card):
-    model = make_model(lively=False, codec={**CODEC, "card": card}, dim=128)
-    ce_sum, count = model(*make_batch(model))
-    assert (ce_sum / count).mean().item() == pytest.approx(math.log(card), rel=0.02)
+    model = make_model(noise=0, codec={**CODEC, "card": card}, dim=128)
+    *inputs, targets = make_batch(model)
+    assert (model(*inputs) / targets).mean().item() == pytest.approx(math.log(card), rel=0.02)
 
 
 def test_padding_and_neighbours_never_change_a_sample():
     model = make_model()
     codes = torch.randint(0, 64, (2, 4, 12))
-    together = model.aligned_logits(codes, model.conditioner.prepare([PIANO, ORGAN]))
-    alone = model.aligned_logits(codes[:1], model.conditioner.prepare([PIANO]))
+    together = model.aligned_logits(codes, model.conditioner.tokenize([PIANO, ORGAN]))
+    alone = model.aligned_logits(codes[:1], model.conditioner.tokenize([PIANO]))
     torch.testing.assert_close(together[:1], alone, equal_nan=True, rtol=1e-4, atol=1e-5)
     padded = codes.clone()
-    padded[:, :, 9:] = 0  # seen from frame 10 - k of codebook k on
-    later = model.aligned_logits(padded, model.conditioner.prepare([PIANO, ORGAN]))
-    torch.testing.assert_close(together[:, :, :7], later[:, :, :7], rtol=1e-4, atol=1e-5)
+    padded[:, :, 9:] = 0  # the delays spread this over the logits of frames 7 and later
+    other = model.aligned_logits(padded, model.conditioner.tokenize([PIANO, ORGAN]))
+    torch.testing.assert_close(together[:, :, :7], other[:, :, :7], rtol=1e-4, atol=1e-5)
 
 
-def test_padded_frames_leave_the_loss():
+def test_codes_of_padding_never_change_the_loss():
     model = make_model()
-    codes, *rest = make_batch(model)
-    changed = codes.clone()
-    changed[1, :, 7:] = 5
-    torch.testing.assert_close(model(codes, *rest), model(changed, *rest))
+    codes, not_padding, in_loss, tensors, _ = make_batch(model)
+    changed = codes.masked_fill(~not_padding[:, None], 5)
+    assert not torch.equal(codes, changed)
+    torch.testing.assert_close(
+        model(codes, not_padding, in_loss, tensors), model(changed, not_padding, in_loss, tensors)
+    )
 
 
-def test_a_codebook_without_valid_positions_counts_none():
-    model = make_model()
-    both = torch.ones(1, 2, dtype=torch.bool)
-    ce_sum, count = model(torch.zeros(1, 4, 2, dtype=torch.int64), both, both, make_batch(model, 1)[3])
-    assert count.tolist() == [2, 1, 0, 0] and ce_sum[2:].tolist() == [0, 0]
+def test_codebooks_whose_frames_are_all_cut_off_have_no_targets_and_no_loss():
+    model, mask = make_model(), torch.ones(1, 2, dtype=torch.bool)
+    ce_sum = model(torch.zeros(1, 4, 2, dtype=torch.int64), mask, mask, model.conditioner.tokenize([PIANO]))
+    assert count_targets(mask, model.pattern(2, training=True)).tolist() == [2, 1, 0, 0]
+    assert ce_sum[:2].all() and ce_sum[2:].tolist() == [0, 0]
 
 
-def test_every_parameter_gets_gradient():
+def test_every_parameter_gets_a_gradient():
     model = make_model().train()
-    ce_sum, count = model(*make_batch(model))
-    (ce_sum / count).mean().backward()
-    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert dead == []
+    *inputs, targets = make_batch(model)
+    (model(*inputs) / targets).mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
-def test_the_null_starts_at_zero_and_so_does_its_cross_attention():
-    model = make_model(lively=False)
-    states, mask, prefix = model.conditioner(model.conditioner.prepare([{}, {"text": ""}, PIANO]))
+def test_the_null_condition_and_its_cross_attention_start_at_zero():
+    model = make_model(noise=0)
+    states, mask, prefix = model.conditioner(model.conditioner.tokenize([{}, {"text": ""}, PIANO]))
     assert prefix[:2].abs().max() == 0 and prefix[2].abs().max() > 0
     assert mask.sum(1).tolist()[:2] == [1, 1] and mask[2].sum() > 1
     assert states[:2].abs().max() == 0 and states[2].abs().max() > 0
@@ -133,90 +151,80 @@ def test_the_null_starts_at_zero_and_so_does_its_cross_attention():
 def test_each_condition_changes_the_logits(name):
     model = make_model()
     codes = torch.randint(0, 64, (1, 4, 12)).expand(3, -1, -1)
-    conditions = [{name: PIANO[name]}, {name: ORGAN[name]}, {}]
-    logits = model.aligned_logits(codes, model.conditioner.prepare(conditions)).nan_to_num()
-    for a, b in ((0, 1), (0, 2)):
-        assert (logits[a] - logits[b]).abs().max() > 0.01
+    tensors = model.conditioner.tokenize([{name: PIANO[name]}, {name: ORGAN[name]}, {}])
+    first, second, null = model.aligned_logits(codes, tensors).nan_to_num()
+    assert (first - second).abs().max() > 0.01 and (first - null).abs().max() > 0.01
 
 
-def test_targets_are_counted_over_all_parts_of_a_batch():
-    for pattern in ("delay", "parallel", "unrolled"):
-        model = make_model(pattern=pattern)
-        codes, valid, scored, inputs = make_batch(model)
-        assert torch.equal(model.count_targets(scored.sum(0)), model(codes, valid, scored, inputs)[1])
-
-
-def test_blocks_are_one_graph_in_training_whatever_the_length_of_captions():
-    """fullgraph would raise at a break."""
+def test_each_block_is_one_compiled_graph_for_any_length_of_caption():
     model = make_model()
-    *tensors, inputs = make_batch(model)
-    ce = model(*tensors, inputs)[0]
+    *inputs, _ = make_batch(model)
+    eager = model(*inputs)
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(model(*tensors, inputs)[0], ce)
+        block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")  # raises at a graph break
+    torch.testing.assert_close(model(*inputs), eager)
     for text in ("a", PIANO["text"], ORGAN["text"]):
-        model(*tensors, model.conditioner.prepare([{"text": text}] * 3))[0].sum().backward()
+        model(*inputs[:3], model.conditioner.tokenize([{"text": text}] * 3)).sum().backward()
 
 
-def test_importing_the_model_imports_nothing_of_audio_or_files():
-    names = "codec encodec soundfile soxr safetensors prepare data".split()
+def test_importing_the_model_imports_no_module_for_audio_or_files():
+    names = "codec audio encodec soundfile soxr safetensors prepare data".split()
     code = f"import model, sys; print([name for name in {names} if name in sys.modules])"
     assert finish(start("-c", code)) == "[]\n"
 
 
-# The figures that a run reports, on cases whose answers are known without it.
+# Numbers that a run reports, for cases with a known answer
 
 
-def make_guesser():
-    return make_model(lively=False, melody=False, style=False, dim=16)
+def make_plain_model():
+    return make_model(noise=0, melody=False, style=False, dim=16)
 
 
-def ce_of(model, codes, scored=None):
-    valid = torch.ones(len(codes), codes.shape[2], dtype=torch.bool)
-    inputs = model.conditioner.prepare([{}] * len(codes))
-    with torch.no_grad():
-        ce_sum, count = model(codes, valid, valid if scored is None else scored, inputs)
-    return ce_sum / count
-
-
-def test_ce_of_a_model_that_guesses_and_of_one_that_knows():
-    model = make_guesser()
-    codes = torch.randint(64, (3, 4, 20))
-    torch.nn.init.zeros_(model.heads.weight)
-    torch.testing.assert_close(ce_of(model, codes), torch.full((4,), math.log(64)))
-    with torch.no_grad():  # the heads read ones, whatever stood before, and every codebook is sure of its own code
-        model.norm.weight.zero_()
-        model.norm.bias.fill_(1)
-        for k in range(4):
-            model.heads.weight[k * 64 + 10 + k] = 50 / 16
-    known = (10 + torch.arange(4))[None, :, None].expand(3, 4, 20)
-    assert ce_of(model, known).max() < 1e-6
-    torch.testing.assert_close(ce_of(model, known + 1), torch.full((4,), 50.0))
-    half = torch.where(torch.arange(20) % 2 == 0, known, known + 1)  # in codebook k, 20 - k frames are left of 20
-    wrong = torch.tensor([(torch.arange(20 - k) % 2).float().mean() for k in range(4)])
-    torch.testing.assert_close(ce_of(model, half), 50 * wrong)
-
-
-def test_ce_of_frames_that_do_not_count_is_not_in_the_mean():
-    model = make_guesser()
+def set_heads(model, heads):
+    """Set the heads to [K, card] and the norm to output ones, so that the logits are 16 * heads for every input."""
     with torch.no_grad():
         model.norm.weight.zero_()
         model.norm.bias.fill_(1)
-        model.heads.weight.zero_()
-        model.heads.weight[3::64] = 20 / 16
+        model.heads.weight.copy_(heads.reshape(-1, 1).expand(-1, 16))
+
+
+@torch.no_grad()
+def ce_of(model, codes, in_loss=None):
+    mask = torch.ones(len(codes), codes.shape[2], dtype=torch.bool)
+    in_loss = mask if in_loss is None else in_loss
+    targets = count_targets(in_loss, model.pattern(codes.shape[2], training=True))
+    return model(codes, mask, in_loss, model.conditioner.tokenize([{}] * len(codes))) / targets
+
+
+def test_ce_of_uniform_logits_is_ln_card_and_ce_of_certain_logits_is_0_or_their_difference():
+    model = make_plain_model()
+    set_heads(model, torch.zeros(4, 64))
+    torch.testing.assert_close(ce_of(model, torch.randint(64, (3, 4, 20))), torch.full((4,), math.log(64)))
+    set_heads(model, 50 / 16 * torch.eye(64)[10:14])  # codebook k predicts code 10 + k
+    right = (10 + torch.arange(4))[None, :, None].expand(3, 4, 20)
+    assert ce_of(model, right).max() < 1e-6
+    torch.testing.assert_close(ce_of(model, right + 1), torch.full((4,), 50.0))
+    half_right = torch.where(torch.arange(20) % 2 == 0, right, right + 1)
+    share_wrong = torch.tensor([(torch.arange(20 - k) % 2).float().mean() for k in range(4)])  # k frames are cut off
+    torch.testing.assert_close(ce_of(model, half_right), 50 * share_wrong)
+
+
+def test_ce_is_the_mean_over_the_positions_in_the_loss_not_over_items():
+    model = make_plain_model()
+    set_heads(model, 20 / 16 * torch.eye(64)[[3, 3, 3, 3]])
     codes = torch.full((2, 4, 20), 3)
     codes[1] = 4
-    scored = torch.ones(2, 20, dtype=torch.bool)
-    scored[1, 5:] = False  # 20 right ones, 5 wrong ones: a mean over positions, not over items
-    wrong = 20 + math.log1p(63 * math.exp(-20))
-    expected = torch.tensor([5 * wrong / (20 - k + 5) for k in range(4)])
-    torch.testing.assert_close(ce_of(model, codes, scored), expected, rtol=1e-5, atol=1e-5)
+    in_loss = torch.ones(2, 20, dtype=torch.bool)
+    in_loss[1, 5:] = False  # 20 right and 5 wrong positions
+    ce_wrong = 20 + math.log1p(63 * math.exp(-20))
+    expected = torch.tensor([5 * ce_wrong / (20 - k + 5) for k in range(4)])
+    torch.testing.assert_close(ce_of(model, codes, in_loss), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_operations_are_those_counted_by_hand():
+def test_flops_equal_those_counted_by_hand():
     D, LAYERS, K, CARD, T = 32, 2, 4, 64, 50
     model = make_model(segment=1.0, melody=False, style=False)
-    block = 3 * D * D + 3 * D * D + 8 * D * D + 3 * 2 * D  # qkv, both outs and cross_q, up and down, norms
+    block = 3 * D * D + 3 * D * D + 8 * D * D + 3 * 2 * D  # qkv; attn_out, cross_q, cross_out; up, down; norms
     attention = 12 * LAYERS * D * T**2
     assert model.flops() == 6 * T * (LAYERS * block + K * CARD * D) + attention
     freeze(model, ["blocks.*"])
@@ -227,7 +235,7 @@ def test_operations_are_those_counted_by_hand():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_agrees_with_cpu():
     model = make_model()
-    *tensors, inputs = make_batch(model)
-    on_cpu = model(*tensors, inputs)[0]
-    on_gpu = model.cuda()(*(tensor.cuda() for tensor in tensors), to_device(inputs, "cuda"))[0]
+    *inputs, tensors, _ = make_batch(model)
+    on_cpu = model(*inputs, tensors)
+    on_gpu = model.cuda()(*(tensor.cuda() for tensor in inputs), to_device(tensors, "cuda"))
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)

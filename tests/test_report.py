@@ -1,4 +1,4 @@
-"""The listening page: all of it there, nothing from elsewhere, nothing that a caption could smuggle in."""
+"""Test the report page: its content, its links to local files only, and the escaping of captions and logs."""
 
 import importlib.util
 import json
@@ -12,31 +12,31 @@ import pytest
 import soundfile
 
 import common
-from codec import draw_spectrogram
+from audio import draw_spectrogram
 from tools import report
 
 EVIL = '</script><img src=x onerror=alert(1)> "quoted" & ünïcode'
-NAME = 'x <u>#1 "%41'  # of the wavs
+NAME = 'x <u>#1 "%41'  # of the audio files
 RATE = 16_000
 
 
 class Page(HTMLParser):
-    """The tags of a page in order, and the text outside of style and script."""
+    """Collect the tags of a page in order, and the text outside style and script."""
 
     def __init__(self, path):
         super().__init__()
-        self.tags, self.text, self.inside = [], "", ""
+        self.tags, self.text, self.element = [], "", ""
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        self.inside = tag
+        self.element = tag
 
     def handle_endtag(self, tag):
-        self.inside = ""
+        self.element = ""
 
     def handle_data(self, data):
-        if self.inside not in ("style", "script"):
+        if self.element not in ("style", "script"):
             self.text += data
 
     def all(self, tag, key=None):
@@ -58,7 +58,7 @@ def clip(step, name):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of two epochs; its names and captions are hostile."""
+    """Write a run of two epochs whose names and captions contain HTML."""
     out = tmp_path / "a <u> & c"
     for path in ("held_out/{}", "held_out/{}_codec", "step_000003/{}", "step_000006/{}", "step_000006/{}_continued"):
         wav(out / "samples" / f"{path.format(NAME)}.wav")
@@ -84,19 +84,19 @@ def run(tmp_path):
     return out
 
 
-def test_every_piece_is_there(run):
+def test_the_page_shows_all_numbers_curves_settings_and_code(run):
     path = report.write(run)
     page = Page(path)
     assert path == run / "index.html"
-    for figure in ("step 6 of 12, epoch 2 of 4", "50 %", "4.321", "unigram 6.000; at step 3", "0.037", "0.705", "2.345",
+    for number in ("step 6 of 12, epoch 2 of 4", "50 %", "4.321", "unigram 6.000, at step 3", "0.037", "0.705", "2.345",
                    "chance 0.300, real 0.950", "real against real 1.111", "0.654", "chance 0.432"):  # fmt: skip
-        assert figure in page.text, figure
+        assert number in page.text, number
     for part in ("0123456789, with uncommitted changes", "0123456789abcdef", "-if a < b:", "steps12", "tempo <i>"):
         assert part in page.text, part
     curves = {attrs["aria-label"].removesuffix(" by step") for attrs in page.all("svg")}
     assert curves == {
         "loss", "loss q1", "loss q2", "loss q3", "learning rate", "gradient norm", "conditioning gain",
-        "caption adherence", "Fréchet audio distance", "chroma similarity", "generation", "training",
+        "caption adherence", "Fréchet audio distance", "chroma similarity", "generation speed", "training speed",
         "waiting for data",
     }  # fmt: skip
     lines = [[point.split(",") for point in points.split()] for points in page.all("polyline", "points")]
@@ -106,7 +106,7 @@ def test_every_piece_is_there(run):
     assert "width:25.00%" in page.all("span", "style") and "prompt 0.25 s" in page.text
 
 
-def test_each_round_has_its_caption_players_and_pictures_newest_first(run):
+def test_each_epoch_has_captions_players_and_pictures_newest_first(run):
     page = Page(report.write(run))
     kinds = [("audio", ".wav"), ("img", ".png")] if importlib.util.find_spec("PIL") else [("audio", ".wav")]
     for tag, suffix in kinds:
@@ -116,7 +116,7 @@ def test_each_round_has_its_caption_players_and_pictures_newest_first(run):
             "step_000003"
         ]
         assert all(file.endswith(suffix) and (run / file).is_file() for file in files)
-    assert page.text.count(EVIL) == 3, "once a round, and once in the settings"
+    assert page.text.count(EVIL) == 3, "once per epoch, and once in the settings"
     assert {attrs["preload"] for attrs in page.all("audio")} == {"none"}
     assert {attrs["loading"] for attrs in page.all("img")} <= {"lazy"}
     with open(run / "history.jsonl", "a") as file:
@@ -126,7 +126,7 @@ def test_each_round_has_its_caption_players_and_pictures_newest_first(run):
     assert re.findall(r"Epoch (\d), step", Page(report.write(run)).text) == ["4", "3", "2", "1"]
 
 
-def test_a_wav_that_is_gone_or_broken_is_said_and_not_played(run):
+def test_missing_and_broken_clips_are_reported_and_have_no_player(run):
     (run / "samples/step_000006" / f"{NAME}.wav").write_bytes(b"RIFF")
     page = Page(report.write(run))
     assert f"file missing: samples/step_000003/{NAME}_continued.wav" in page.text
@@ -134,7 +134,7 @@ def test_a_wav_that_is_gone_or_broken_is_said_and_not_played(run):
     assert len(page.all("audio")) == 6
 
 
-def test_captions_settings_and_code_are_text_and_nothing_comes_from_elsewhere(run):
+def test_text_is_escaped_and_all_links_are_local(run):
     page = Page(report.write(run))
     tags = [tag for tag, _ in page.tags]
     assert tags.count("script") == tags.count("style") == 1 and not {"u", "iframe", "link", "object"} & set(tags)
@@ -142,31 +142,52 @@ def test_captions_settings_and_code_are_text_and_nothing_comes_from_elsewhere(ru
         assert not any(key.startswith("on") for key in attrs), (tag, attrs)
         for key in {"src", "href"} & attrs.keys():
             assert attrs[key].startswith(("#", "samples/")), (tag, attrs)
-    assert "url(" not in report.STYLE and "import" not in report.STYLE + report.SCRIPT
+    assert "url(" not in report.TEMPLATE and "import" not in report.TEMPLATE
 
 
-def test_a_line_cut_by_a_kill_is_ignored_and_a_damaged_one_is_not(run):
+def test_an_incomplete_last_line_is_ignored_and_other_damage_is_an_error(run):
     assert "step 6 of 12" in Page(report.write(run)).text
     (run / "metrics.jsonl").write_text('{"step": 1, "ce"\n{"step": 2, "ce": 3.0}\n')
     with pytest.raises(common.UserError, match="metrics.jsonl: not JSON"):
         report.write(run)
+    (run / "metrics.jsonl").write_text('{"step": 1, "ce": "x"}\n')
+    with pytest.raises(common.UserError, match="config.json or a log is damaged"):
+        report.write(run)
+    (run / "config.json").write_text("{")
+    with pytest.raises(common.UserError, match="config.json: not JSON .* Repair or remove it"):
+        report.write(run)
 
 
-def test_older_and_emptier_folders(run):
+def test_epoch_means_of_the_training_loss_are_no_validation(run):
+    old = Page(report.write(run))
+    lines = [json.loads(line) for line in open(run / "history.jsonl")]
+    means = [dict(step=step, epoch=step // 3, stage="train", ce=ce, ppl=2.0, ce_q1=ce, ce_q2=ce, ce_q3=ce, ppl_q1=2.0,
+                  ppl_q2=2.0, ppl_q3=2.0) for step, ce in ((3, 0.123), (6, 0.456))]  # fmt: skip
+    for order in (means + lines, lines + means):
+        (run / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in order))
+        page = Page(report.write(run))
+        assert page.all("polyline") == old.all("polyline") and page.all("svg") == old.all("svg")
+        assert page.text.count("0.123") == page.text.count("0.456") == 1 and "train_ce" in page.text
+        for number in ("best validation loss4.321", "4.567"):
+            assert number in page.text and number in old.text
+    assert "train_ce" not in old.text
+
+
+def test_logs_of_an_older_version_and_a_run_without_logs(run):
     (run / "code_000000.diff").unlink()
     (run / "metrics.jsonl").write_text('{"step": 10, "ce": 6.2, "lr": 0.0001, "grad_norm": 0.7}\n')
     valid = dict(step=10, epoch=1, stage="valid", ce=5.4321, ppl=2.0, ce_q1=5.0, unigram=5.5, unigram_q1=5.5, gain=0.01)
     evaluate = dict(step=10, epoch=1, stage="evaluate", adherence={})
     (run / "history.jsonl").write_text(f"{json.dumps(valid)}\n{json.dumps(evaluate)}\n")
     text = Page(report.write(run)).text
-    assert "no git hash" in text and "no samples" in text and "5.432" in text and "adherence" not in text
+    assert "no git commit" in text and "no samples" in text and "5.432" in text and "adherence" not in text
     for name in ("metrics.jsonl", "history.jsonl"):
         (run / name).unlink()
     page = Page(report.write(run))
     assert "step 0 of 12" in page.text and not page.all("svg") and not page.all("audio")
 
 
-def test_a_picture_has_high_notes_above_low_ones_on_one_scale(tmp_path):
+def test_pictures_show_pitch_from_bottom_to_top_and_loudness_on_one_scale(tmp_path):
     Image = pytest.importorskip("PIL.Image")
     pictures = {}
     for hertz in (200, 4000):
@@ -180,13 +201,13 @@ def test_a_picture_has_high_notes_above_low_ones_on_one_scale(tmp_path):
     assert np.asarray(Image.open(tmp_path / "quiet.png")).sum(2).max() < pictures[200].max()
 
 
-def test_without_pillow_there_is_the_page_without_pictures(run, monkeypatch):
+def test_without_pillow_the_page_has_no_pictures(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     page = Page(report.write(run))
     assert len(page.all("audio")) == 7 and not page.all("img") and not list(run.rglob("*.png"))
 
 
-def test_pictures_are_drawn_once_and_again_for_a_newer_wav(run):
+def test_pictures_are_drawn_once_and_again_if_the_clip_is_newer(run):
     pytest.importorskip("PIL")
     report.write(run)
     picture = run / "samples/step_000003" / f"{NAME}.png"
@@ -198,7 +219,7 @@ def test_pictures_are_drawn_once_and_again_for_a_newer_wav(run):
     assert picture.read_bytes() != first[1]
 
 
-def test_the_page_is_replaced_whole_or_not_at_all(run, command):
+def test_a_failed_write_keeps_the_old_page(run, command):
     report.write(run)
     before = (run / "index.html").read_bytes()
     (run / "index.html.tmp").mkdir()
@@ -209,7 +230,7 @@ def test_the_page_is_replaced_whole_or_not_at_all(run, command):
     assert command(report, run) == (0, f"wrote {run / 'index.html'}\n") and not (run / "index.html.tmp").exists()
 
 
-def test_the_command_line_on_a_folder_that_is_no_run(command, tmp_path):
+def test_a_folder_that_is_no_run_is_an_error(command, tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         status, output = command(report, folder)
         assert status == 2 and output.startswith("tools.report.py: error: ") and "not a run's folder" in output
@@ -217,7 +238,7 @@ def test_the_command_line_on_a_folder_that_is_no_run(command, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_long_curves_are_thinned_and_keep_their_spikes():
+def test_thinned_curves_keep_the_ends_and_the_spikes():
     points = [(step, 1.0 + step % 7 / 100) for step in range(1, 20_001)]
     points[4321], points[17_000] = (4322, 99.0), (17_001, -5.0)
     thinned = report.thin(points)
@@ -227,7 +248,7 @@ def test_long_curves_are_thinned_and_keep_their_spikes():
 
 @pytest.mark.parametrize("low, high, log", [(3.1, 6.2, 0), (0, 1e-3, 0), (5, 5, 0), (0, 0, 0), (-2e-3, 0.04, 0),
                                             (0.3, 0.9, 1), (1, 1, 1), (1e-6, 3e4, 1), (10, 10, 1)])  # fmt: skip
-def test_ticks_are_few_round_and_cover_the_values(low, high, log):
+def test_ticks_are_few_round_numbers_that_cover_the_values(low, high, log):
     marks = report.ticks(low, high, bool(log))
     assert marks[0] <= low and marks[-1] >= high and 2 <= len(marks) <= 12 and marks == sorted(set(marks))
     assert all(len(f"{mark:g}") <= 7 for mark in marks)

@@ -1,14 +1,13 @@
-"""How fast training and generation are, beside what the machine can do at best, and beside other programs.
+"""Measure the speed of training and generation: the share of the machine's ceilings, and the ratio to other programs.
 
-    python -m tools.bench                                 # tiny, on the device that there is
+    python -m tools.bench                                 # tiny, on this machine's device
     python -m tools.bench --size small --train_batch 1 --generate_batch 1,4 --generate_frames 50
-    python -m tools.bench --compile --peers               # compiled too, and the peers that are installed
-    python -m tools.bench --gpu                           # all that one wants to know of a GPU
+    python -m tools.bench --compile --peers               # also compiled, and beside the installed peers
+    python -m tools.bench --gpu                           # all measurements for a GPU
 
-What is in one table is timed in turn, once each, `--repeats` times over: whatever else the machine does falls on all
-alike. Given are medians, and the slowest and quickest of the repeats. The ceilings are the arithmetic of a large
-matrix product and the bandwidth of a large copy. The step is that of train.py's loop (of small's EMA, a tenth step's, a
-median sees nothing), and the generation generate.py's.
+The rows of one table are timed in turn, `--repeats` times, so that other load on the machine affects all of them
+equally. A table gives medians, with the slowest and fastest repeat. The ceilings are the operations of a large matrix
+product and the bandwidth of a large copy. Training is timed by train.py's own `training_step`.
 
 Letters: B batch, K codebooks, T frames.
 """
@@ -30,7 +29,8 @@ import time
 from copy import deepcopy
 from pathlib import Path
 
-import common  # before torch, whose threads it tells how to wait
+import common  # before torch; it sets GOMP_SPINCOUNT
+import distributed
 
 # isort: split
 import numpy as np
@@ -40,10 +40,13 @@ import config
 import data
 import prepare
 import train
-from codec import encode_long, load_audio, load_codec
+from audio import load_audio
+from codec import encode_long, load_codec
 from common import UserError, first_line
 from config import Settings
+from dataprep import shards
 from demo import corpus
+from extras import compiler
 from generate import generate, optimize, stream
 from model import MusicLM
 from tools import learn, peers
@@ -56,7 +59,7 @@ SIZES = {
 WORK = ("train", "run", "generate", "prepare", "start", "learn", "scale")
 K, FRAME_RATE, CFG, TOP_K = 4, 50, 3.0, 250
 CONDITIONS = {"text": "a slow piano melody in a minor key, with drums"}
-ON_GPU = (  # each in a process of its own, so that the memory is its own
+ON_GPU = (  # each runs in its own process, so that peak memory is measured separately
     "--work train --size small --train_batch 8 --train_frames 1500 --compile --peers",
     "--work train --size medium --train_batch 2 --train_frames 1500 --compile",
     "--work run --size small --train_batch 16 --train_frames 1500",
@@ -67,10 +70,12 @@ ON_GPU = (  # each in a process of its own, so that the memory is its own
 )
 
 
-# --------------------------------------------------------------------------------------------------- the clock
+# ------------------------------------------------------------------------------------------------------- timing
 
 
 def clock(call, device):
+    """Return the seconds that a call takes, work on the device included."""
+
     def synchronize():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -85,7 +90,7 @@ def clock(call, device):
 
 
 def in_turn(calls, device, repeats):
-    """{name: callable} -> {name: (seconds of the first call, [those of the others])}, without failing peers."""
+    """{name: callable} -> {name: (seconds of the first call, [seconds of the others])}. Peers that fail are skipped."""
     first = {}
     for name, call in calls.items():
         try:
@@ -93,7 +98,7 @@ def in_turn(calls, device, repeats):
         except Exception as error:
             if name[0] not in peers.NAMES:
                 raise
-            print(f"{name[0]}{' compiled' * name[1]} is left out: {first_line(error)}")
+            print(f"{name[0]}{' compiled' * name[1]} is skipped: {first_line(error)}")
     times = {name: [] for name in first}
     for _ in range(repeats):
         for name in first:
@@ -106,7 +111,7 @@ def median_of(call, device, repeats):
 
 
 def ceilings(device, dtype):
-    """(floating-point operations, bytes read and written) a second."""
+    """Return (floating-point operations, bytes read and written) per second."""
     n, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -116,40 +121,37 @@ def ceilings(device, dtype):
 
 
 def print_table(title, times, units, unit, share_of_ceiling):
-    """times: what `in_turn` gives by (name, compiled), `units` done in each call."""
+    """Print one row for each (name, compiled) of `times`, from `in_turn`. units: the work of one call."""
     print(f"\n{title}")
     rates = {row: [units / second for second in seconds] for row, (_, seconds) in times.items()}
     for (name, compiled), (first, _) in times.items():
-        slowest, rate, quickest = (f(rates[name, compiled]) for f in (min, statistics.median, max))
-        beside = f"{100 * share_of_ceiling(rate):.0f} % of ceiling"
+        slowest, rate, fastest = (f(rates[name, compiled]) for f in (min, statistics.median, max))
+        comparison = f"{100 * share_of_ceiling(rate):.0f} % of ceiling"
         if name != "ours":
-            beside = f"ours: {statistics.median(rates['ours', compiled]) / rate:.2f} x"
-        spread = f"({slowest:,.1f} to {quickest:,.1f})"
+            comparison = f"ours: {statistics.median(rates['ours', compiled]) / rate:.2f} x"
+        spread = f"({slowest:,.1f} to {fastest:,.1f})"
         name += " compiled" * compiled
-        print(f"  {name:22}{rate:12,.1f} {unit} {spread:24}{beside:18}first call {first:.1f} s")
+        print(f"  {name:22}{rate:12,.1f} {unit} {spread:24}{comparison:18}first call {first:.1f} s")
 
 
 def peak_memory(device):
-    """GiB, since the start: of tensors on a GPU, else of this process."""
+    """Return GiB, the maximum since the start: of tensors on a GPU, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
-# ---------------------------------------------------------------------------------------------------- the work
-
-
-def shape_of(args):
-    return dict(**SIZES[args.size], card=args.card, K=K)
+# ---------------------------------------------------------------------------------------------------- measurements
 
 
 def make_model(args, frames, device):
+    """Return (a MusicLM of the size of `args`, trained on `frames` frames, its Settings)."""
     torch.manual_seed(0)
     sizes = dict(**SIZES[args.size], segment=frames / FRAME_RATE)
     s = Settings(**sizes, activation_checkpointing=args.activation_checkpointing)
     tokenizer = prepare.train_tokenizer([dict(caption=CONDITIONS["text"], metadata={})], 1000)
-    with torch.device(device):  # drawn there: a CPU takes half a minute for small
+    with torch.device(device):  # initialized there, because a CPU takes 30 s for small
         return MusicLM(s, dict(K=K, card=args.card, frame_rate=FRAME_RATE, dim=64), tokenizer), s
 
 
@@ -157,60 +159,36 @@ def condition_length(args):
     return len(make_model(args, 100, "meta")[0].conditioner.text.tokenizer.encode(CONDITIONS["text"]))
 
 
-def rows_of(args, make_peer):
-    """{(name, compiled): call} of the peers that are asked for and installed."""
-    rows, compiled_too = {}, (False, True)[: 1 + args.compile]
+def peer_rows(args, make_peer):
+    """Return {(name, compiled): call} of the peers in --peers that are installed."""
+    rows = {}
     for name in filter(None, args.peers.split(",")):
-        for compiled in compiled_too:
+        for compiled in (False, True)[: 1 + args.compile]:
             try:
                 rows[name, compiled] = make_peer(name, compiled)
             except ImportError as error:
-                print(f"{name} is left out: {error}")
+                print(f"{name} is skipped: {error}")
     return rows
 
 
 def our_training(args, B, device, dtype, compiled):
-    """-> (model, a call that does what one turn of train.py's loop does with one micro-batch, on one process).
-
-    The call gives the seconds that the optimizer and the EMA have taken of it.
-    """
+    """Return (model, a call that runs train.py's training step on one micro-batch)."""
     T = args.train_frames
     model, s = make_model(args, T, device)
-    model.train()
-    ema, steps = deepcopy(model), itertools.count(1)
+    ema = deepcopy(model)
     if compiled:
-        common.compile_blocks(model, device)
-    optimizer = train.make_optimizer(model, s)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    everything = torch.ones(B, T, dtype=torch.bool)
-    inputs = model.conditioner.prepare([CONDITIONS] * B)
-    batch = data.Batch(torch.randint(args.card, (B, K, T)), everything, everything, inputs).to(device)
-    targets = model.count_targets(everything.sum(0).to(device))
-
-    def update(grad_norm):
-        step, (*_, norm) = next(steps), grad_norm.tolist()
-        if norm < float("inf"):
-            scaler.step(optimizer)
-            if step % s.ema_every == 0:
-                train.update_ema(ema, model, s.ema_decay, step // s.ema_every)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    def step():
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            ce_sum, _ = model(*batch)
-        loss = (ce_sum / targets).mean()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        return clock(lambda: update(torch.cat([(ce_sum / targets).detach(), norm[None]])), device)
-
-    return model, step
+        compiler.compile_blocks(model, device)
+    state = train.make_state(model, model, ema, s, device, dtype)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    targets = data.count_targets(mask, model.pattern(T, training=True, device="cpu"))
+    tensors = model.conditioner.tokenize([CONDITIONS] * B)
+    batch = data.Batch(torch.randint(args.card, (B, K, T)), mask, mask, tensors, targets).to(device)
+    return model, lambda: train.training_step(state, [batch], s.lr, s)
 
 
 def write_empty_data(folder, frames, tracks=50):
-    """A data set of `tiny` with captions of 1 to 5 clauses, no two alike; its tokens are holes in files, read as 0."""
-    codec, per_shard = load_codec("tiny").describe(), max(1, prepare.SHARD_FRAMES // frames)
+    """Write a data set of `tiny` with different captions of 1 to 5 clauses. Its codes are 0, holes in sparse files."""
+    codec, per_shard = load_codec("tiny").info(), max(1, prepare.SHARD_FRAMES // frames)
     lines = [dict(name=f"track {i}", path="", caption=", ".join([CONDITIONS["text"]] * (1 + i % 5) + [str(i)]),
                   metadata={}, frames=frames) for i in range(tracks)]  # fmt: skip
     splits = {"train": lines, "valid": lines[:50]}
@@ -225,21 +203,20 @@ def write_empty_data(folder, frames, tracks=50):
     np.save(folder / "counts.npy", np.ones((2, codec["K"], codec["card"]), np.int64))
     (folder / "tokenizer.model").write_bytes(prepare.train_tokenizer(lines[:1000], 1000))
     sizes = {split: dict(tracks=len(lines), frames=len(lines) * frames) for split, lines in splits.items()}
-    common.write_json(folder / "meta.json", dict(format=data.DATA_FORMAT, codec=codec, **sizes))
+    common.write_json(folder / "meta.json", dict(format=shards.DATA_FORMAT, codec=codec, **sizes))
 
 
-def drawing(args, B):
-    """Seconds to draw a batch from files, which a worker does ahead where there is a GPU."""
+def seconds_to_draw(args, B):
+    """Return the seconds to draw a batch from files. With a GPU, a worker does it ahead."""
     with tempfile.TemporaryDirectory() as folder:
         write_empty_data(Path(folder), 30 * FRAME_RATE)
-        prepare_text = make_model(args, args.train_frames, "meta")[0].conditioner.prepare
-        tokens = data.Tokens(folder, "train")
-        steps = data.TrainingSteps(tokens, prepare_text, args.train_frames, Settings(batch_size=B))
-        return median_of(lambda: steps[0], torch.device("cpu"), 10)
+        model, _ = make_model(args, args.train_frames, "meta")
+        batches = data.TrainingBatches(data.TokenDataset(folder, "train"), model, Settings(batch_size=B))
+        return median_of(lambda: batches[0], torch.device("cpu"), 10)
 
 
 def bench_run(args, device):
-    """train.py itself on every GPU that there is: DDP and FSDP where there are several."""
+    """Measure train.py itself on every GPU, by DDP and FSDP if there are several."""
     ranks = torch.cuda.device_count() if device.type == "cuda" else 1
     B, steps = args.train_batch[0], 20 * args.repeats
     print(f"\nrun of train.py {args.size}: {ranks} x {B} items of {args.train_frames} frames, compiled")
@@ -259,32 +236,33 @@ def bench_run(args, device):
             seconds = time.perf_counter() - start
             line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
             on_gpu = f"MFU {line['mfu']:.1%}, {line['memory']:.1f} GiB, " if "mfu" in line else ""
-            name = parallel if ranks > 1 else "alone"
+            name = parallel if ranks > 1 else "one process"
             print(f"  {name:22}{line['tokens_per_s']:12,} tokens/s  {on_gpu}waits for data {line['data_wait']:.1%};"
-                  f" the whole run {seconds:.0f} s")  # fmt: skip
+                  f" the run took {seconds:.0f} s in total")  # fmt: skip
 
 
 def bench_training(args, B, device, dtype, product):
+    """Measure training steps beside the peers'. product: operations per second of a large matrix product."""
     L, T = condition_length(args), args.train_frames
     steps = {}
     for compiled in (False, True)[: 1 + args.compile]:
         model, steps["ours", compiled] = our_training(args, B, device, dtype, compiled)
 
     def make_peer(name, compiled):
-        return peers.training(name, shape_of(args), B, T, L, device, dtype, compiled)
+        shape = dict(**SIZES[args.size], card=args.card, K=K)
+        return peers.training(name, shape, B, T, L, device, dtype, compiled)
 
-    steps |= rows_of(args, make_peer)
+    steps |= peer_rows(args, make_peer)
     times, units = in_turn(steps, device, args.repeats), B * K * T
-    title = f"training {args.size}: B {B}, T {T}, {str(dtype)[6:]}; ceiling: that of the matrix product"
+    title = f"training {args.size}: B {B}, T {T}, {str(dtype)[6:]}; ceiling: a large matrix product"
     print_table(title, times, units, "tokens/s", lambda rate: rate / units * B * model.flops() / product)
-    seconds, step = statistics.median(times["ours", args.compile][1]), steps["ours", args.compile]
-    optimizer = statistics.median(step() for _ in range(args.repeats)) / seconds
-    print(f"  ours: forward and backward {100 - 100 * optimizer:.1f} %, optimizer and average {100 * optimizer:.1f} %,"
-          f" drawing the next batch {100 * drawing(args, B) / seconds:.1f} %;"
-          f" peak memory of all so far {peak_memory(device):.1f} GiB")  # fmt: skip
+    seconds = statistics.median(times["ours", args.compile][1])
+    print(f"  ours: drawing the next batch takes {100 * seconds_to_draw(args, B) / seconds:.1f} % of a step;"
+          f" peak memory of all rows so far {peak_memory(device):.1f} GiB")  # fmt: skip
 
 
 def bench_generation(args, B, device, dtype, copy):
+    """Measure generation beside the peers'. copy: bytes per second of a large copy."""
     L, T, rows = condition_length(args), args.generate_frames, {}
     for compiled in (False, True)[: 1 + args.compile]:
         model = make_model(args, T, device)[0].eval().requires_grad_(False)
@@ -294,21 +272,22 @@ def bench_generation(args, B, device, dtype, copy):
         rows["ours", compiled] = functools.partial(generate, model, [CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K)
 
     def make_peer(name, compiled):
-        return peers.generation(name, shape_of(args), B, T, L, device, dtype, CFG, TOP_K, compiled)
+        shape = dict(**SIZES[args.size], card=args.card, K=K)
+        return peers.generation(name, shape, B, T, L, device, dtype, CFG, TOP_K, compiled)
 
-    rows |= rows_of(args, make_peer)
+    rows |= peer_rows(args, make_peer)
     times = in_turn(rows, device, args.repeats)
-    title = (f"generation {args.size}: B {B}, {T} frames, guidance {CFG:g}, {str(dtype)[6:]}; frames/s of one stream;"
-             f" ceiling: reading {weights / 1e6:.0f} MB of weights a frame")  # fmt: skip
+    title = (f"generation {args.size}: B {B}, {T} frames, guidance {CFG:g}, {str(dtype)[6:]}; frames/s per stream;"
+             f" ceiling: reading {weights / 1e6:.0f} MB of weights per frame")  # fmt: skip
     print_table(title, times, T, "frames/s", lambda rate: rate * weights / copy)
     seconds = statistics.median(times["ours", args.compile][1])
     first = median_of(lambda: next(stream(model, [CONDITIONS] * B, T, cfg=CFG, top_k=TOP_K)), device, args.repeats)
-    print(f"  ours: {B * T / FRAME_RATE / seconds:.1f} x real time, all streams together; first frame after"
+    print(f"  ours: {B * T / FRAME_RATE / seconds:.1f} x real time for all streams together; first frame after"
           f" {1000 * first:.0f} ms; {T * weights / seconds / 1e9:.1f} GB/s of weights")  # fmt: skip
 
 
 def bench_prepare(args):
-    """`prepare.py` on clips of the demo, beside its codec alone on as many processes, a file at a time."""
+    """Measure `prepare.py` on clips of the demo, and its codec alone with as many processes, one file at a time."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         clips, audio = args.clips, Path(folder, "audio")
         corpus.write_corpus(audio, clips)
@@ -318,17 +297,18 @@ def bench_prepare(args):
         workers = os.cpu_count() if codec.device.type == "cpu" else 1
         with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
             shares = [(codec, [wav.numpy() for wav in wavs[i::workers]]) for i in range(workers)]
-            alone = max(map(encode_alone, shares) if workers == 1 else pool.map(encode_alone, shares))
+            codec_seconds = max(map(encode_alone, shares) if workers == 1 else pool.map(encode_alone, shares))
         start = time.perf_counter()
         prepare.prepare(audio / "manifest.jsonl", Path(folder, "data"))
-        whole = time.perf_counter() - start
+        prepare_seconds = time.perf_counter() - start
     print(f"\nprepare: {clips} clips, {seconds / 60:.0f} minutes")
-    print(f"  the codec alone       {seconds / alone:12.0f} x real time")
-    print(f"  prepare.py            {seconds / whole:12.0f} x real time, {100 * alone / whole:.0f} % of that")
+    print(f"  the codec alone       {seconds / codec_seconds:12.0f} x real time")
+    print(f"  prepare.py            {seconds / prepare_seconds:12.0f} x real time,"
+          f" {100 * codec_seconds / prepare_seconds:.0f} % of the codec's speed")  # fmt: skip
 
 
 def encode_alone(share):
-    """Seconds that a worker takes."""
+    """Encode a worker's share of the files and return the seconds."""
     codec, wavs = share
     wavs = [torch.from_numpy(wav) for wav in wavs]
     encode_long(codec, wavs[0])
@@ -339,19 +319,17 @@ def encode_alone(share):
 
 
 def bench_scale(args):
-    """What grows with the data set and the model: opening `--tracks` tracks of 3 minutes, drawing an item of 30 s from
-    them; writing and reading a checkpoint.
-    """
+    """Measure what grows with data and model: opening tracks of 3 minutes, drawing items of 30 s, and checkpoints."""
     print(f"\nscale: {args.tracks:,} tracks, a model of size {args.size}")
     with tempfile.TemporaryDirectory() as folder:
         write_empty_data(Path(folder), 180 * FRAME_RATE, args.tracks)
-        before, start = resident(), time.perf_counter()
-        tokens = data.Tokens(folder, "train")
-        print(f"  opened in {time.perf_counter() - start:.1f} s and {(resident() - before) / 2**20:,.0f} MiB")
-        (model, s), path, T = make_model(args, 250, "cpu"), Path(folder, "last.pt"), 30 * FRAME_RATE
-        steps = data.TrainingSteps(tokens, model.conditioner.prepare, T, Settings(batch_size=192))
-        numbers = itertools.count()
-        drawn = median_of(lambda: steps[next(numbers)], torch.device("cpu"), 10)
+        before, start = resident_memory(), time.perf_counter()
+        dataset = data.TokenDataset(folder, "train")
+        opened, memory = time.perf_counter() - start, (resident_memory() - before) / 2**20
+        print(f"  opened in {opened:.1f} s and {memory:,.0f} MiB")
+        (model, s), path = make_model(args, 30 * FRAME_RATE, "cpu"), Path(folder, "last.pt")
+        batches, numbers = data.TrainingBatches(dataset, model, Settings(batch_size=192)), itertools.count()
+        drawn = median_of(lambda: batches[next(numbers)], torch.device("cpu"), 10)
         print(f"  an item drawn in {1000 * drawn / 192:.2f} ms")
         optimizer = train.make_optimizer(model, s)
         moments = {name: dict(step=torch.ones(()), exp_avg=torch.ones_like(p), exp_avg_sq=torch.ones_like(p))
@@ -360,22 +338,22 @@ def bench_scale(args):
         common.save_checkpoint(path, "last", model=model.state_dict(), ema=ema, optimizer=moments)
         size, wrote, start = path.stat().st_size / 1e9, time.perf_counter() - start, time.perf_counter()
         saved = common.load_checkpoint(path)
-        common.set_state(model, saved["model"], optimizer, saved["optimizer"])
+        distributed.set_state(model, saved["model"], optimizer, saved["optimizer"])
         print(f"  a checkpoint of {size:.2f} GB written in {wrote:.1f} s, its weights and moments read in"
               f" {time.perf_counter() - start:.1f} s")  # fmt: skip
 
 
-def resident():
-    """Bytes of memory that this process holds; Linux."""
+def resident_memory():
+    """Return the bytes of memory that this process uses, on Linux."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def bench_start_up(args):
-    """From the shell to the end of --help: Python, torch and every module."""
-    here = dict(cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL, check=True)
-    calls = {program: functools.partial(subprocess.run, [sys.executable, program, "--help"], **here)
+    """Measure from the shell to the end of --help: starting Python, importing torch and all modules."""
+    options = dict(cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL, check=True)
+    calls = {program: functools.partial(subprocess.run, [sys.executable, program, "--help"], **options)
              for program in ("train.py", "sample.py")}  # fmt: skip
-    calls["import torch alone"] = functools.partial(subprocess.run, [sys.executable, "-c", "import torch"], **here)
+    calls["import torch alone"] = functools.partial(subprocess.run, [sys.executable, "-c", "import torch"], **options)
     print("\nstart-up")
     for name, (_, seconds) in in_turn(calls, torch.device("cpu"), args.repeats).items():
         print(f"  {name:22}{statistics.median(seconds):12.2f} s")
@@ -387,26 +365,25 @@ def numbers(text):
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", default="train,generate,start", help=f"of {', '.join(WORK)} (default: %(default)s)")
-    parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument("--card", type=int, help="codebook size (default: 1024 for tiny, else 2048)")
-    parser.add_argument(
-        "--train_batch", type=numbers, default=[8], help="items, or several numbers of them (default 8)"
-    )
-    parser.add_argument("--train_frames", type=int, default=250, help="frames of each (default 250)")
-    parser.add_argument("--generate_batch", type=numbers, default=[1, 4], help="streams at once (default 1,4)")
-    parser.add_argument("--generate_frames", type=int, default=500, help="frames of each (default 500)")
-    parser.add_argument("--dtype", choices=config.CHOICES["dtype"], default="auto", help="default: as in training")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
-    parser.add_argument("--compile", action="store_true", help="time compiled code too; its first call compiles it")
-    parser.add_argument("--activation_checkpointing", action="store_true", help="as in training")
-    parser.add_argument("--peers", nargs="?", default="", const=",".join(peers.NAMES), help="beside transformers and"
-                        " audiocraft, where installed, or the one named: all are in memory together")  # fmt: skip
-    parser.add_argument("--clips", type=int, default=600, help="of the demo, to prepare (default 600)")
-    parser.add_argument("--tracks", type=int, default=400_000, help="of --work scale (default 400,000)")
-    parser.add_argument("--seconds", type=float, default=300, help="to learn for, of each (default 300)")
-    parser.add_argument("--repeats", type=int, default=5, help="of each, in turn (default 5)")
-    parser.add_argument("--gpu", action="store_true", help=f"instead of all that: {'; '.join(ON_GPU)}")
+    add = parser.add_argument
+    add("--work", default="train,generate,start", help=f"of {', '.join(WORK)} (default: %(default)s)")
+    add("--size", choices=list(SIZES), default="tiny")
+    add("--card", type=int, help="codebook size (default: 1024 for tiny, otherwise 2048)")
+    add("--train_batch", type=numbers, default=[8], help="items per step; 4,8 makes two tables (default 8)")
+    add("--train_frames", type=int, default=250, help="frames per item (default 250)")
+    add("--generate_batch", type=numbers, default=[1, 4], help="samples generated together (default 1,4)")
+    add("--generate_frames", type=int, default=500, help="frames per sample (default 500)")
+    add("--dtype", choices=config.CHOICES["dtype"], default="auto", help="default: as in training")
+    add("--device", default="auto", help="cuda, mps or cpu")
+    add("--compile", action="store_true", help="measure compiled code too; its first call compiles")
+    add("--activation_checkpointing", action="store_true", help="as in training")
+    add("--peers", nargs="?", default="", const=",".join(peers.NAMES), help="compare with transformers and audiocraft,"
+        " if installed, or with one of them; all are in memory together")  # fmt: skip
+    add("--clips", type=int, default=600, help="clips of the demo for --work prepare (default 600)")
+    add("--tracks", type=int, default=400_000, help="tracks for --work scale (default 400,000)")
+    add("--seconds", type=float, default=300, help="training time of each row of --work learn (default 300)")
+    add("--repeats", type=int, default=5, help="timed calls of each row, in turn (default 5)")
+    add("--gpu", action="store_true", help=f"run these, each in its own process: {'; '.join(ON_GPU)}")
     return parser
 
 
@@ -414,18 +391,18 @@ def main():
     args = make_parser().parse_args()
     if args.gpu:
         if not torch.cuda.is_available():
-            raise UserError("--gpu: there is no CUDA device here; leave it out")
+            raise UserError("--gpu: no CUDA device on this machine; run without --gpu")
         for words in ON_GPU:
             command = [sys.executable, "-m", "tools.bench", *words.split(), f"--repeats={args.repeats}"]
             subprocess.run(command, cwd=Path(__file__).parent.parent)
         return
     args.card = args.card or (1024 if args.size == "tiny" else 2048)
     if unknown := set(args.work.split(",")) - {*WORK}:
-        raise UserError(f"--work: there is no '{unknown.pop()}'; choose of {', '.join(WORK)}")
+        raise UserError(f"--work: unknown '{unknown.pop()}'; choose from {', '.join(WORK)}")
     if unknown := set(filter(None, args.peers.split(","))) - set(peers.NAMES):
-        raise UserError(f"--peers: there is no '{unknown.pop()}'; choose of {' and '.join(peers.NAMES)}")
+        raise UserError(f"--peers: unknown '{unknown.pop()}'; choose from {', '.join(peers.NAMES)}")
     device, dtype = common.pick_device(args.device, args.dtype)
-    if device.type == "cpu":  # as in train.py
+    if device.type == "cpu":  # train.py does the same
         common.keep_freed_memory()
     product, copy = ceilings(device, dtype)
     is_gpu = device.type == "cuda"
@@ -435,8 +412,7 @@ def main():
     print(f"{name}: {where}, torch {torch.__version__}, commit {commit or 'unknown'}; ceilings:"
           f" matrix product {product / 1e9:,.0f} GFLOP/s, copy {copy / 1e9:,.1f} GB/s read and written")  # fmt: skip
     if "learn" in args.work:
-        autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-        learn.bench_learning([*filter(None, args.peers.split(","))], args.seconds, device, autocast)
+        learn.bench_learning([*filter(None, args.peers.split(","))], args.seconds, device, dtype)
     if "train" in args.work:
         for B in args.train_batch:
             bench_training(args, B, device, dtype, product)

@@ -1,9 +1,11 @@
-"""The MusicGens of other programs at bench.py's shapes: transformers', and audiocraft's language model.
+"""MusicGen in other programs, at the shapes of bench.py: transformers' model, and audiocraft's language model.
 
     pip install transformers==5.24.0 einops omegaconf && pip install --no-deps audiocraft==1.3.0
 
-Their own models, losses and generation, with random weights and text states. A shape is a dict with dim, heads, layers,
-card, K. Letters: B batch, K codebooks, T frames, L condition length, D model width.
+Models, losses and generation are the peers' code. Weights and text states are random. A shape is a dict with dim,
+heads, layers, card and K.
+
+Letters: B batch, K codebooks, T frames, S sequence positions, L condition length, D model width.
 """
 
 import contextlib
@@ -21,12 +23,12 @@ from patterns import make_pattern
 NAMES = ("audiocraft", "transformers")
 
 
-class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands in for what audiocraft imports and its language model does not use, so that it need not be installed."""
+class PlaceholderImporter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports placeholders for packages that audiocraft imports but its language model does not use."""
 
     packages = (
-        "av colorlog demucs dora encodec flashy gradio hydra julius laion_clap lameenc librosa num2words pesq pystoi"
-        " soundfile spacy submitit torchaudio torchdiffeq torchmetrics torchvision treetable xformers"
+        "av demucs dora flashy hydra julius laion_clap librosa num2words soundfile spacy torchaudio torchmetrics"
+        " treetable xformers"
     ).split()
 
     def find_spec(self, name, path, target=None):
@@ -34,7 +36,7 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec):
-        module = MagicMock(name=spec.name, unbind=torch.unbind)  # of all that is xformers', the model calls this
+        module = MagicMock(name=spec.name, unbind=torch.unbind)  # the model calls xformers' unbind
         module.__spec__, module.__path__, module.__name__ = spec, [], spec.name
         return module
 
@@ -43,10 +45,10 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def audiocraft_lm(shape):
-    """audiocraft's LMModel by its musicgen_lm.yaml, without dropout."""
-    if not any(isinstance(finder, Absent) for finder in sys.meta_path):
-        sys.meta_path.append(Absent())
-    for name in ("audiocraft.solvers", "audiocraft.solvers.compression"):  # which import a trainer
+    """Return audiocraft's LMModel with the settings of its musicgen_lm.yaml, but without dropout."""
+    if not any(isinstance(finder, PlaceholderImporter) for finder in sys.meta_path):
+        sys.meta_path.append(PlaceholderImporter())
+    for name in ("audiocraft.solvers", "audiocraft.solvers.compression"):  # they import a trainer
         sys.modules.setdefault(name, MagicMock())
     import xformers.ops  # noqa: F401
     from audiocraft.models.lm import LMModel
@@ -63,7 +65,7 @@ def audiocraft_lm(shape):
 
 
 def transformers_musicgen(shape):
-    """transformers' MusicgenForConditionalGeneration; its text encoder and codec are never run, and small."""
+    """Return transformers' MusicgenForConditionalGeneration. Its text encoder and codec are small and never run."""
     import transformers as hf
     from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
 
@@ -81,7 +83,7 @@ def transformers_musicgen(shape):
 
 
 def training(name, shape, B, T, L, device, dtype, compiled):
-    """-> a call that trains one step: the peer's model and loss, torch's fused AdamW, a clipped gradient."""
+    """Return a function that trains one step: the peer's model and loss, fused AdamW, gradient clipping."""
     K, card = shape["K"], shape["card"]
     states, mask = torch.randn(B, L, shape["dim"], device=device), torch.ones(B, L, dtype=torch.int64, device=device)
     codes = torch.randint(card, (B, K, T), device=device)
@@ -89,11 +91,11 @@ def training(name, shape, B, T, L, device, dtype, compiled):
         model = audiocraft_lm(shape).train().to(device)
         model.forward = torch.compile(model.forward) if compiled else model.forward
 
-        def loss():  # as MusicGenSolver has it
-            found, ce = model.compute_predictions(codes, [], condition_tensors={"description": (states, mask)}), 0
+        def loss():  # as in audiocraft's MusicGenSolver
+            output, ce = model.compute_predictions(codes, [], condition_tensors={"description": (states, mask)}), 0
             for k in range(K):
-                valid = found.mask[:, k].flatten()
-                ce = ce + F.cross_entropy(found.logits[:, k].flatten(0, 1)[valid], codes[:, k].flatten()[valid])
+                in_loss = output.mask[:, k].flatten()
+                ce = ce + F.cross_entropy(output.logits[:, k].flatten(0, 1)[in_loss], codes[:, k].flatten()[in_loss])
             return ce / K
 
     else:
@@ -121,7 +123,7 @@ def training(name, shape, B, T, L, device, dtype, compiled):
 
 
 class Learner(MusicLM):
-    """A peer's decoder and loss in the place of our blocks and heads; text embedder, masks and sums are MusicLM's."""
+    """MusicLM with a peer's decoder instead of its blocks and heads, for train.py's training step."""
 
     def __init__(self, name, settings, codec, tokenizer):
         super().__init__(settings, codec, tokenizer)
@@ -130,61 +132,52 @@ class Learner(MusicLM):
         self.name, self.blocks, self.norm, self.heads = name, torch.nn.ModuleList(), None, None
         self.embed.requires_grad_(False)
 
-    def hidden(self, sequence, states, mask, prefix):
+    def hidden(self, sequence, text_states, text_mask, prefix):
         """sequence [B, K, S] -> logits [B, S, K, card]."""
         if self.name == "audiocraft":
-            return self.decoder(sequence, [], {"description": (states, mask)}).transpose(1, 2)
-        logits = self.decoder(input_ids=sequence.flatten(0, 1), encoder_hidden_states=states,
-                              encoder_attention_mask=mask.long()).logits  # fmt: skip
+            return self.decoder(sequence, [], {"description": (text_states, text_mask)}).transpose(1, 2)
+        logits = self.decoder(input_ids=sequence.flatten(0, 1), encoder_hidden_states=text_states,
+                              encoder_attention_mask=text_mask.long()).logits  # fmt: skip
         return logits.unflatten(0, (-1, self.K)).transpose(1, 2)
 
     def logits(self, hidden):
         return hidden
 
 
-class Finished(Exception):
-    """Raised in the place of decoding: the codes are there by then, and the codec is not what is timed."""
+class CodesReady(Exception):
+    """Ends transformers' generation before its codec decodes, because the codec is not measured."""
 
 
 def generation(name, shape, B, T, L, device, dtype, cfg, top_k, compiled):
-    """-> a call that generates B streams of T frames with guidance `cfg` and top-k sampling."""
+    """Return a function that generates B samples of T frames with guidance `cfg` and top-k sampling."""
     states = torch.randn(B, L, shape["dim"], device=device, dtype=dtype)
-    states = torch.cat([states, torch.zeros_like(states)])  # the conditions, then the null ones
+    states = torch.cat([states, torch.zeros_like(states)])  # conditions, then null conditions
     mask = torch.ones(2 * B, L, dtype=torch.int64, device=device)
     if name == "audiocraft":
         model = audiocraft_lm(shape).eval().to(device, dtype)
         from audiocraft.modules.conditioners import ConditioningAttributes
 
-        class Given(torch.nn.Module):
+        class FixedConditions(torch.nn.Module):
             def tokenize(self, conditions):
                 return conditions
 
             def forward(self, conditions):
                 return {"description": (states, mask)}
 
-        model.condition_provider = Given()
+        model.condition_provider = FixedConditions()
         if compiled:
             model.forward = torch.compile(model.forward, dynamic=True)
         conditions = [ConditioningAttributes(text={"description": "music"}) for _ in range(B)]
-
-        def generate():
-            with torch.no_grad():
-                model.generate(None, conditions, max_gen_len=T, top_k=top_k, cfg_coef=cfg)
-
-        return generate
+        return torch.no_grad()(lambda: model.generate(None, conditions, max_gen_len=T, top_k=top_k, cfg_coef=cfg))
     from transformers.modeling_outputs import BaseModelOutput
 
     model = transformers_musicgen(shape).eval().to(device, dtype)
-
-    def decode(*args, **kwargs):
-        raise Finished
-
-    model.audio_encoder.decode = decode
+    model.audio_encoder.decode = MagicMock(side_effect=CodesReady)
     if compiled:
         model.decoder.forward = torch.compile(model.decoder.forward, dynamic=True)
 
     def generate():
-        with contextlib.suppress(Finished), torch.no_grad():
+        with contextlib.suppress(CodesReady), torch.no_grad():
             model.generate(input_ids=torch.zeros(B, L, dtype=torch.int64, device=device), attention_mask=mask,
                            encoder_outputs=BaseModelOutput(last_hidden_state=states), guidance_scale=cfg,
                            do_sample=True, top_k=top_k, max_new_tokens=T + shape["K"] - 1, max_length=None)  # fmt: skip

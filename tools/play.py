@@ -1,14 +1,14 @@
-"""A page to play with a model: captions in, music out while it is made, earlier takes to compare it with.
+"""Serve a web page that generates music and plays it while it is generated, and keeps the clips for comparison.
 
     pip install starlette uvicorn
     python -m tools.play out/demo/best.pt       # then open http://127.0.0.1:8000
 
     GET /            the page, play.html
-    GET /about       JSON: which checkpoints the folder has, and what one of them can be given
-    POST /generate   options and audio as JSON -> events, a line of JSON each, as they happen: {"wait": requests before
-                     it}, {"start": what is made}, {"pcm": samples} ..., or {"error": text}
+    GET /info        JSON: the checkpoints of the folder, and the defaults and conditions of one (?checkpoint=NAME)
+    POST /generate   JSON with options and audio -> events, one line of JSON each: {"wait": number of earlier requests},
+                     {"start": description of the clip}, {"pcm": samples} ..., or {"error": message}
 
-The options, their checks and what is said of them are sample.py's. What is wrong before the first event is answered by
+sample.py defines the options, checks them and writes the messages. An error before the first event is answered with
 status 4xx and one line. Samples are signed 16-bit little-endian, the channels interleaved, in base64.
 """
 
@@ -27,9 +27,11 @@ import soundfile
 
 import common
 import sample
-from codec import decode_stream, file_name
+from audio import file_name
+from codec import decode_stream
 from common import UserError
 from generate import stream
+from tools.output import to_pcm
 
 try:
     import uvicorn
@@ -43,50 +45,50 @@ try:
 except ImportError:
     uvicorn = None
 
-LONGEST = 120  # seconds of a take
-UPLOAD_MB = 20  # the audio of one request
-UPLOAD_SECONDS, UPLOAD_SAMPLES = 600, 60_000_000  # of one file once it is decoded: few bytes may hold hours of silence
+MAX_SECONDS = 120  # of a clip
+UPLOAD_MB = 20  # of all audio in a request
+UPLOAD_SECONDS, UPLOAD_SAMPLES = 600, 60_000_000  # of one decoded file: a few bytes can contain hours of silence
 NUMBERS = {"seed": int, "duration": float, "cfg": float, "temperature": float}
-FOLDER = "nanomusicgen_play_"  # what the name of one for uploads begins with
-AUDIO = {"continue": "prompt", "melody": "melody", "style": "style"}  # in a request: in sample.py's options
+UPLOAD_PREFIX = "nanomusicgen_play_"  # of the names of temporary folders
+AUDIO = {"continue": "prompt", "melody": "melody", "style": "style"}  # key in a request: option of sample.py
 
 
-def read_options(asked, defaults):
-    """A request -> sample.py's options, but for the checkpoint and the audio; raises UserError."""
+def read_options(request, defaults):
+    """Return sample.py's options for a request, without its checkpoint and audio. Raises UserError."""
     args = argparse.Namespace(**vars(defaults))
-    for key, kind in NUMBERS.items():
+    for key, number in NUMBERS.items():
         try:
-            if asked.get(key) is not None:
-                setattr(args, key, kind(asked[key]))
+            if request.get(key) is not None:
+                setattr(args, key, number(request[key]))
         except (TypeError, ValueError, OverflowError):
-            raise UserError(f"{key} {str(asked[key])[:40]}: must be a number") from None
-    args.captions = [str(asked.get("caption") or "")]
+            raise UserError(f"{key} {str(request[key])[:40]}: must be a number") from None
+    args.captions = [str(request.get("caption") or "")]
     if len(args.captions[0]) > 1000:
-        raise UserError("caption: longer than 1,000 letters; shorten it")
+        raise UserError("caption: longer than 1,000 characters; shorten it")
     args.captions = sample.read_captions(args)
     sample.check_arguments(args)
-    if args.duration > LONGEST:
-        raise UserError(f"duration {args.duration:g}: at most {LONGEST} s here; sample.py makes longer music")
+    if args.duration > MAX_SECONDS:
+        raise UserError(f"duration {args.duration:g}: at most {MAX_SECONDS} s here; use sample.py for longer music")
     return args
 
 
-def save_audio(asked, key, folder):
-    """Writes a request's audio into `folder` for sample.py to read, and returns the path; raises UserError."""
+def save_audio(request, key, folder):
+    """Write the audio of a request to a file in `folder` and return its path. Raises UserError."""
     try:
-        path = Path(folder, f"{key}_" + re.sub(r"[^\w.-]+", "_", asked[key]["name"])[-60:])
-        path.write_bytes(base64.b64decode(asked[key]["content"]))
+        path = Path(folder, f"{key}_" + re.sub(r"[^\w.-]+", "_", request[key]["name"])[-60:])
+        path.write_bytes(base64.b64decode(request[key]["content"]))
     except (TypeError, KeyError, ValueError):
-        raise UserError(f"{key}: needs a name, and content in base64") from None
-    with contextlib.suppress(soundfile.LibsndfileError):  # what is no audio, sample.py will say
+        raise UserError(f"{key}: must be an object with a name, and content in base64") from None
+    with contextlib.suppress(soundfile.LibsndfileError):  # sample.py reports files that are not audio
         info = soundfile.info(path)
-        frames = info.frames or path.stat().st_size  # of a header without a length, what follows is read
+        frames = info.frames or path.stat().st_size  # a header without a length: an upper bound
         if frames > UPLOAD_SECONDS * info.samplerate or frames * info.channels > UPLOAD_SAMPLES:
             raise UserError(f"{key} {path}: longer than {UPLOAD_SECONDS // 60} minutes; cut it")
     return str(path)
 
 
-class Studio:
-    """One model in memory, the newest that was asked for, with which one take is made at a time."""
+class Engine:
+    """Keep one model in memory, the last that was requested, and generate one clip at a time."""
 
     def __init__(self, defaults):
         """defaults: sample.py's options."""
@@ -96,105 +98,104 @@ class Studio:
         self.sample_rate = self.codec.sample_rate
 
     def load(self, args):
-        """Has `args.checkpoint` in memory as it is on disk now, and no other."""
-        path = Path(args.checkpoint)
-        wanted = path, path.stat().st_mtime_ns if path.exists() else None
-        if self.loaded != wanted:
-            self.loaded = self.model = self.s = self.codec = None
+        """Load `args.checkpoint`, unless it is in memory and unchanged on disk."""
+        version = args.checkpoint, common.size_and_mtime(args.checkpoint)
+        if self.loaded != version:
+            self.loaded = self.model = self.s = self.codec = None  # free the memory of the other model first
             self.model, self.s, self.codec = sample.load(args)
-            self.loaded = wanted
+            self.loaded = version
 
     def names(self):
         return sorted(path.name for path in self.folder.glob("*.pt"))
 
-    def find(self, name):
-        """The path of the checkpoint that a request names; without a name, of the one that the program was given."""
+    def checkpoint_path(self, name):
+        """Return the path of a checkpoint in the folder. Without a name: of the program's argument."""
         if name and name not in self.names():
-            raise UserError(f"checkpoint {str(name)[:80]}: not in {self.folder}; there is {', '.join(self.names())}")
+            raise UserError(f"checkpoint {str(name)[:80]}: not in {self.folder}; choose from {', '.join(self.names())}")
         return str(self.folder / name) if name else self.defaults.checkpoint
 
-    def make(self, asked, args):
-        """Yields the events of a take that has its turn: what it is, then its samples."""
-        said = io.StringIO()
-        with tempfile.TemporaryDirectory(prefix=FOLDER) as folder, contextlib.redirect_stdout(said):
-            for key in filter(asked.get, AUDIO):
-                setattr(args, AUDIO[key], save_audio(asked, key, folder))
+    def generate(self, request, args):
+        """Yield the events of a clip: its description, then its samples."""
+        messages = io.StringIO()
+        with tempfile.TemporaryDirectory(prefix=UPLOAD_PREFIX) as folder, contextlib.redirect_stdout(messages):
+            for key in filter(request.get, AUDIO):
+                setattr(args, AUDIO[key], save_audio(request, key, folder))
             self.load(args)
             model, s, codec = self.model, self.s, self.codec
             options = sample.generation_options(args, model, s, codec)
             others = sample.other_conditions(args, model, s, codec)
-            sample.say_what_is_heard(args.captions, model.conditioner.text, others)
+            sample.report_captions(args.captions, model.conditioner.text, others)
         (caption,) = args.captions
         yield {"start": {
             "checkpoint": Path(args.checkpoint).name, "caption": caption, "seed": args.seed, "cfg": options["cfg"],
-            "temperature": options["temperature"], "said": for_the_page(said.getvalue()).splitlines(),
-            "audio": [f"{key} {asked[key]['name']}" for key in AUDIO if asked.get(key)],
+            "temperature": options["temperature"], "messages": for_the_page(messages.getvalue()).splitlines(),
+            "audio": [f"{key} {request[key]['name']}" for key in AUDIO if request.get(key)],
             "file": file_name(caption, args.seed), "samples": options["frames"] * codec.hop,
             "sample_rate": codec.sample_rate, "channels": codec.channels,
         }}  # fmt: skip
         codes = stream(model, [{"text": caption, **others}], seeds=[args.seed], **options)
         for wav in decode_stream(codec, codes):
-            yield {"pcm": base64.b64encode(sample.to_pcm(wav[0])).decode()}
+            yield {"pcm": base64.b64encode(to_pcm(wav[0])).decode()}
 
-    async def events(self, asked):
-        """Yields a request's events, once it has its turn; raises UserError. To close it ends the take."""
-        args = read_options(asked, self.defaults)
-        args.checkpoint = self.find(asked.get("checkpoint"))
+    async def events(self, request):
+        """Yield the events of a request. Requests are served in turn. Closing this generator ends the clip."""
+        args = read_options(request, self.defaults)
+        args.checkpoint = self.checkpoint_path(request.get("checkpoint"))
         self.requests += 1
         try:
             if self.requests > 1:
                 yield {"wait": self.requests - 1}
             async with self.turn:
-                take = self.make(asked, args)
-                while event := await run_in_threadpool(next, take, None):
+                clip = self.generate(request, args)
+                while event := await run_in_threadpool(next, clip, None):
                     yield event
         finally:
             self.requests -= 1
 
 
 def for_the_page(text):
-    """sample.py's words, without the -- of a terminal and the folder of the uploads."""
-    return re.sub(rf"--(?=\w)|\S*{FOLDER}\w+.({'|'.join(AUDIO)})_", "", text)
+    """Remove the -- of options and the folder of uploads from sample.py's messages."""
+    return re.sub(rf"--(?=\w)|\S*{UPLOAD_PREFIX}\w+.({'|'.join(AUDIO)})_", "", text)
 
 
-def page(request):
+def get_page(http):
     return FileResponse(Path(__file__).with_name("play.html"), headers={"Cache-Control": "no-cache"})
 
 
-def about(request):
-    studio = request.app.state.studio
-    path = studio.find(request.query_params.get("checkpoint"))
+def get_info(http):
+    engine = http.app.state.engine
+    path = engine.checkpoint_path(http.query_params.get("checkpoint"))
     settings = common.load_checkpoint(path)["settings"]
     return JSONResponse({
-        "checkpoints": studio.names(), "checkpoint": Path(path).name, "longest": LONGEST, "cfg": settings["cfg"],
-        "temperature": settings["temperature"], "sample_rate": studio.sample_rate,
+        "checkpoints": engine.names(), "checkpoint": Path(path).name, "max_seconds": MAX_SECONDS,
+        "cfg": settings["cfg"], "temperature": settings["temperature"], "sample_rate": engine.sample_rate,
         "conditions": [key for key in ("melody", "style") if settings[key]],
     })  # fmt: skip
 
 
-async def read_json(request):
-    """A request's body, a dict; raises UserError. One too long is read to its end, or no browser hears the answer."""
-    media_type = request.headers.get("content-type", "").partition(";")[0]
-    if media_type.strip().lower() != "application/json":  # which no page of another site may send here
+async def read_json(http):
+    """Return the body of a request, a dict. Raises UserError."""
+    media_type = http.headers.get("content-type", "").partition(";")[0]
+    if media_type.strip().lower() != "application/json":  # browsers let no other site send this type
         raise UserError("the request must be of type application/json")
-    body, size, most = bytearray(), 0, UPLOAD_MB * 4_000_000 // 3 + 10_000  # base64 is longer by a third
-    async for part in request.stream():
+    body, size, max_size = bytearray(), 0, UPLOAD_MB * 4_000_000 // 3 + 10_000  # base64 is longer by a third
+    async for part in http.stream():  # to its end, because browsers ignore an earlier answer
         size += len(part)
-        body += part if size <= most else b""
-    if size > most:
+        body += part if size <= max_size else b""
+    if size > max_size:
         raise HTTPException(413, f"the audio is larger than {UPLOAD_MB} MB; cut it, or send an mp3 or ogg")
     try:
-        asked = json.loads(body)
+        request = json.loads(body)
     except (ValueError, RecursionError):
-        asked = None
-    if not isinstance(asked, dict):
+        request = None
+    if not isinstance(request, dict):
         raise UserError("the request must be a JSON object")
-    return asked
+    return request
 
 
-async def generate(request):
-    events = request.app.state.studio.events(await read_json(request))
-    first = await anext(events)  # nothing is sent yet, so that an error can still be an answer of its own
+async def post_generate(http):
+    events = http.app.state.engine.events(await read_json(http))
+    first = await anext(events)  # before the status is sent, so that an error can still set it
     lines = write_lines(first, events)
     return StreamingResponse(lines, media_type="application/x-ndjson", background=BackgroundTask(events.aclose))
 
@@ -208,36 +209,36 @@ async def write_lines(first, events):
         yield json.dumps({"error": for_the_page(str(error))}) + "\n"
 
 
-async def refuse(request, error):
+async def refuse(http, error):
     return PlainTextResponse(for_the_page(str(error)), 400)
 
 
-def make_app(studio):
-    routes = [Route("/", page), Route("/about", about), Route("/generate", generate, methods=["POST"])]
+def make_app(engine):
+    routes = [Route("/", get_page), Route("/info", get_info), Route("/generate", post_generate, methods=["POST"])]
     app = Starlette(routes=routes, exception_handlers={UserError: refuse, ClientDisconnect: refuse})
-    app.state.studio = studio
+    app.state.engine = engine
     return app
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a best.pt, or any other of a run; the page offers those beside it too")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default 8000)")
+    parser.add_argument("checkpoint", help="a checkpoint of a run, such as best.pt; the page offers all of its folder")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 accepts other machines (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port (default 8000)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if there is one)")
-    parser.add_argument("--codec_weights", help="file, where the codec's own are elsewhere than in training")
+    parser.add_argument("--codec_weights", help="the codec's weights, if they have moved since training")
     args = parser.parse_args()
     if uvicorn is None:
         raise UserError("needs starlette and uvicorn; install them with: pip install starlette uvicorn")
     defaults = sample.parse_arguments([args.checkpoint])
     defaults.device, defaults.codec_weights = args.device, args.codec_weights
-    app = make_app(Studio(defaults))
+    app = make_app(Engine(defaults))
     try:
-        listening = socket.create_server((args.host, args.port))
+        listener = socket.create_server((args.host, args.port))
     except (OSError, OverflowError, TypeError) as error:
         raise UserError(f"--host {args.host} --port {args.port}: {common.first_line(error)}; choose another") from None
-    print(f"open http://{args.host}:{listening.getsockname()[1]}", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[listening])
+    print(f"open http://{args.host}:{listener.getsockname()[1]}", flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

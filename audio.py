@@ -1,0 +1,177 @@
+"""Audio files: read in blocks at the codec's sample rate and channels, write, name, and draw as spectrograms."""
+
+import contextlib
+import functools
+import io
+import math
+import mmap
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from mutagen.mp3 import HeaderNotFoundError, MPEGFrame, MPEGInfo
+
+from common import UserError, first_line, write_file
+
+SUFFIXES = set(".wav .wave .flac .mp3 .ogg .oga .opus .aiff .aif .aifc .au .caf .w64".split())  # read by libsndfile
+OTHER_SUFFIXES = set(".m4a .aac .mp4 .wma .webm .mka .ape .wv .alac .dsf .mid .midi".split())  # reported as skipped
+FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}  # suffix: libsndfile's name, for writing
+
+
+def load_audio(path, sample_rate, channels=1, samples=None):
+    """Load an audio file, or its first `samples`, as float32 [channels, samples] at `sample_rate`.
+
+    Raises UserError if the file cannot be read.
+    """
+    blocks, loaded = [], 0
+    for block in read_blocks(path, sample_rate, channels):
+        blocks.append(block)
+        loaded += block.shape[1]
+        if samples and loaded >= samples:
+            break
+    return torch.cat(blocks, dim=1)[:, :samples]
+
+
+def read_blocks(path, sample_rate, channels=1, seconds=10):
+    """Yield an audio file in blocks of about 10 s, so that a file of any length needs little memory.
+
+    The blocks are float32 [channels, any] at `sample_rate`. Raises UserError if the file cannot be read.
+    """
+    read = yielded = 0  # samples, before and after resampling
+    try:
+        with open_audio(path) as file:
+            rate, is_last = file.samplerate, False
+            resampler = soxr.ResampleStream(rate, sample_rate, channels, dtype="float32")
+            while not is_last:
+                wav = file.read(seconds * rate, dtype="float32", always_2d=True)
+                is_last = len(wav) < seconds * rate
+                read += len(wav)
+                if not np.isfinite(wav).all():
+                    raise UserError(f"{path}: contains samples that are not numbers. Export it again")
+                wav = resampler.resample_chunk(to_channels(wav, channels), last=is_last)
+                if not np.isfinite(wav).all():
+                    raise UserError(f"{path}: contains samples that are too large. Export it again")
+                yielded += len(wav)
+                if len(wav):
+                    yield torch.from_numpy(wav.T.copy())
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as audio ({str(error).split(': ')[-1].strip()})") from None
+    if not read:
+        raise UserError(f"{path}: contains no samples")
+    if not yielded:
+        raise UserError(f"{path}: too short, less than one sample at {sample_rate} Hz")
+    if Path(path).suffix.lower() == ".mp3" and (stream := mp3_seconds(path)) > 1.02 * read / rate + 0.2:
+        raise UserError(f"{path}: the header says {read / rate:.1f} s but the stream has {stream:.1f} s."
+                        " Convert it to WAV or FLAC")  # fmt: skip
+
+
+def open_audio(path):
+    """Open a SoundFile. A pipe or an interrupted recording leaves a WAV header with size 0: correct it in memory."""
+    file = soundfile.SoundFile(os.fsencode(path))
+    if file.frames:
+        return file
+    with open(path, "rb") as raw:
+        content = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)  # changes are not written to the file
+    data = content.find(b"data", 12)
+    if content[:4] != b"RIFF" or data < 0 or content[data + 4 : data + 8] != bytes(4):
+        return file
+    for start in (4, data + 4):
+        content[start : start + 4] = min(len(content) - start - 4, 2**32 - 1).to_bytes(4, "little")
+    return soundfile.SoundFile(content)
+
+
+def mp3_seconds(path):
+    """Return the length of an MP3 by its frames.
+
+    libsndfile uses the header, so it drops the second of two joined files. Without a header it extrapolates from the
+    first bitrate, which is wrong if the bitrate varies.
+    """
+    seconds, end = 0.0, 0
+    with open(path, "rb") as file, contextlib.suppress(HeaderNotFoundError):
+        while True:
+            file.seek(MPEGInfo(file, end).frame_offset)  # skip tags and pictures: find several frames in a row
+            with contextlib.suppress(HeaderNotFoundError):
+                while True:
+                    frame = MPEGFrame(file)
+                    samples = {1: 384, 2: 1152, 3: 1152 if frame.version == 1 else 576}[frame.layer]
+                    seconds += samples / frame.sample_rate
+                    end = file.tell()
+    return seconds
+
+
+def to_channels(wav, channels):
+    """Convert wav [samples, any] to [samples, channels], for 1 or 2 channels."""
+    if wav.shape[1] > 2:
+        wav = downmix(wav)
+    if channels == 1:
+        return wav.mean(1, keepdims=True)
+    return wav.repeat(channels, 1) if wav.shape[1] == 1 else wav
+
+
+def downmix(wav):
+    """Mix wav [samples, 3 or more channels], in the order of WAV files, to stereo [samples, 2] (ITU-R BS.775).
+
+    Centre and surround channels count -3 dB, the low-frequency channel is dropped, and the gains of a side add up to 1.
+    """
+    n, half = wav.shape[1], 0.5**0.5
+    gains = {"L": (1, 0), "R": (0, 1), "C": (half, half), "-": (0, 0), "l": (half, 0), "r": (0, half), "c": (0.5, 0.5)}
+    layout = {3: "LRC", 4: "LRlr", 5: "LRClr", 6: "LRC-lr", 7: "LRC-clr", 8: "LRC-lrlr"}.get(n, "LR" * n)[:n]
+    matrix = np.array([gains[channel] for channel in layout], dtype=wav.dtype)
+    return wav @ (matrix / matrix.sum(0))
+
+
+def write_audio(path, wav, sample_rate):
+    """Write wav [channels, samples] in the format of the path's suffix, one of FORMATS, and return the path.
+
+    Raises UserError if the file cannot be written.
+    """
+    path, samples, content = Path(path), wav.clamp(-1, 1).T.cpu().numpy(), io.BytesIO()
+    kind = FORMATS[path.suffix.lower()]
+    try:
+        with soundfile.SoundFile(content, "w", sample_rate, samples.shape[1], format=kind) as file:
+            for start in range(0, len(samples), sample_rate):  # long writes overflow the stack of libsndfile's Vorbis
+                file.write(samples[start : start + sample_rate])
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{path}: cannot be encoded as {kind} ({first_line(error)}). Choose another format") from None
+    write_file(path, content.getvalue())
+    return path
+
+
+def file_name(caption, seed):
+    """Return a file name, without suffix, for a caption and a seed: letters and digits of any script."""
+    slug = re.sub(r"\W+", "_", caption.lower())[:60].encode(errors="ignore")[:200].decode(errors="ignore")
+    return f"{slug.strip('_') or 'no_caption'}_{seed}"
+
+
+def mel_spectrogram(wav, sample_rate, n_fft=1024, hop=320, n_mels=80):
+    """Return the magnitudes [..., n_mels, 1 + samples // hop] of wav [..., samples] on the HTK mel scale."""
+    top = 2595 * math.log10(1 + sample_rate / 2 / 700)
+    hertz = 700 * (10 ** (torch.linspace(0, top, n_mels + 2, device=wav.device) / 2595) - 1)
+    bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, device=wav.device)
+    rise = (bins - hertz[:-2, None]) / (hertz[1:-1] - hertz[:-2])[:, None]
+    fall = (hertz[2:, None] - bins) / (hertz[2:] - hertz[1:-1])[:, None]
+    triangles = torch.minimum(rise, fall).clamp(min=0)  # [n_mels, n_fft // 2 + 1]
+    window = torch.hann_window(n_fft, device=wav.device)
+    stft = torch.stft(wav.reshape(-1, wav.shape[-1]), n_fft, hop, window=window, return_complex=True)
+    return (triangles @ stft.abs()).reshape(*wav.shape[:-1], n_mels, -1)
+
+
+def draw_spectrogram(path, picture, sample_rate):
+    """Draw an audio file as a log-mel PNG, low frequencies at the bottom, from -80 to 0 dB of full scale.
+
+    Raises ImportError without Pillow.
+    """
+    from PIL import Image, ImageOps
+
+    wav, n_fft = load_audio(path, sample_rate)[0], sample_rate * 64 // 1000
+    wav = torch.nn.functional.pad(wav, (0, max(0, n_fft - len(wav))))
+    mel = mel_spectrogram(wav, sample_rate, n_fft, hop=sample_rate // 50)
+    mel = torch.nn.functional.adaptive_max_pool1d(mel, min(400, mel.shape[1]))
+    level = 1 + (mel / (n_fft / 4)).clamp(min=1e-9).log10() / 4  # a full-scale sine has magnitude n_fft / 4
+    grey = Image.fromarray((255 * level.clamp(0, 1)).byte().flip(0).numpy())
+    image = ImageOps.colorize(grey, black="#000004", mid="#b73779", white="#fcfdbf")
+    write_file(Path(picture), functools.partial(image.save, format="png"))

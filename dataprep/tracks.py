@@ -1,0 +1,270 @@
+"""Find the tracks of a folder or manifest and their text: captions, metadata, tags, and a tokenizer trained on them.
+
+music/a.mp3, music/a.txt          a caption
+music/a.mp3, music/a.json         {"caption": "...", "genre": "jazz"}; audiocraft's "description" works too
+manifest.jsonl, data.jsonl.gz     {"path": "a.wav", "caption": "..."} per line; lines without text: as above
+music/jazz/a.mp3                  without any text: tags, folder names, estimated tempo and key
+"""
+
+import codecs
+import gzip
+import io
+import json
+import os
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import mutagen
+import sentencepiece
+import soundfile
+
+from audio import OTHER_SUFFIXES, SUFFIXES
+from common import UserError, first_line
+from dataprep.analysis import KEYS
+from dataprep.shards import captions_of
+
+MANIFESTS = ("data.jsonl", "data.jsonl.gz", "manifest.jsonl")  # read from a folder without audio
+NOT_METADATA = "duration sample_rate file_extension amplitude weight info_path".split()  # of audiocraft's manifests
+TAGS = {  # names of a tag in ID3, Vorbis comments and libsndfile
+    "genre": ("TCON", "genre"), "title": ("TIT2", "title"), "mood": ("TMOO", "mood"), "bpm": ("TBPM", "bpm"),
+    "key": ("TKEY", "initialkey", "key"), "comment": ("COMM", "comment", "description"),
+    "artist": ("TPE1", "artist"), "album": ("TALB", "album"),
+}  # fmt: skip
+
+
+def find_tracks(music):
+    """Return a list of tracks {"path", "melody_from", "name", "caption", "metadata"}. Raises UserError for bad input.
+
+    name          the path relative to the folder or manifest
+    melody_from   the file whose melody is stored: a stem named by the entry, or the track itself
+    caption       the first caption, or ""; a track with several also has "captions", a list of all
+    metadata      all other keys of the entry and of its "attributes"
+    """
+    music = Path(music)
+    if not music.exists():
+        raise UserError(f"{music}: no such folder or manifest")
+    entries = list(read_folder(music) if music.is_dir() else read_manifest(music))
+    manifests = [music / name for name in MANIFESTS if (music / name).is_file()]
+    if manifests and not entries:
+        return find_tracks(manifests[0])
+    if manifests:
+        print(f"{manifests[0]}: not used, because the folder was passed. To use it, pass the manifest")
+    root = music if music.is_dir() else music.parent
+    tracks = []
+    for path, entry, where in entries:
+        captions = pop_captions(entry, where)
+        attributes = entry.pop("attributes", None) or {}
+        stem = entry.pop("melody_from", None)
+        stem = (path.parent if music.is_dir() else root) / str(stem) if stem else path
+        if not stem.is_file() and stem != path:
+            raise UserError(f"{where}: melody_from {stem}: no such file")
+        track = dict(path=str(path), melody_from=str(stem), name=os.path.relpath(path, root),
+                     caption=captions[0] if captions else "",
+                     metadata=clean_metadata({**entry, **attributes}))  # fmt: skip
+        tracks.append(track | ({"captions": captions} if len(captions) > 1 else {}))
+    if not tracks:
+        raise UserError(f"{music}: contains no audio files ({', '.join(sorted(SUFFIXES))})")
+    name, times = Counter(track["name"] for track in tracks).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{music}: lists {name} more than once. List each track once")
+    return tracks
+
+
+def read_folder(folder):
+    """Yield (path, entry, where) of each audio file. where: the file to name in an error message."""
+    for path in sorted(files_under(folder)):
+        if path.suffix.lower() in SUFFIXES | OTHER_SUFFIXES:
+            yield path, read_sidecars(path), path.with_suffix(".json")
+
+
+def files_under(folder):
+    """Yield every file in a folder, its subfolders and symbolic links to folders, each once."""
+
+    def fail(error):
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}). Make it readable, or move it away")
+
+    visited = set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        if os.path.realpath(root) in visited:
+            folders.clear()
+            continue
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(root, name)), name))  # folders before links to them
+        visited.add(os.path.realpath(root))
+        yield from (Path(root, name) for name in files)
+
+
+def read_sidecars(path):
+    """Read NAME.json and NAME.txt, which lie next to an audio file, as an entry. NAME.txt overrides the caption."""
+    entry = {}
+    for sidecar in filter(Path.is_file, (path.with_suffix(".json"), path.with_suffix(".JSON"))):
+        entry = parse_entry(read_text(sidecar), sidecar)
+    for sidecar in filter(Path.is_file, (path.with_suffix(".txt"), path.with_suffix(".TXT"))):
+        if caption := clean_text(read_text(sidecar)):
+            entry["caption"] = caption
+    return entry
+
+
+def read_manifest(manifest):
+    """Yield (path, entry, where) of each line {"path", "caption", ...}. Lines without text use sidecars.
+
+    Paths are relative to the manifest or, as in audiocraft, to the working directory.
+    """
+    try:
+        lines = read_text(manifest).split("\n")
+    except UserError:
+        raise UserError(f"{manifest}: neither a folder of audio nor a JSONL manifest. Pass the folder") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{manifest}, line {number}"
+        entry = parse_entry(line, where)
+        if not isinstance(name := entry.pop("path", None), str):
+            raise UserError(f'{where}: has no "path". Write {{"path": "a.wav", "caption": "..."}}')
+        path = manifest.parent / name
+        if not path.is_file() and Path(name).is_file():
+            path = Path(name)
+        if not path.is_file():
+            raise UserError(f"{where}: {path}: no such file")
+        has_text = clean_metadata({**entry, **(entry.get("attributes") or {}), "melody_from": None})
+        yield path, entry if has_text else {**entry, **read_sidecars(path)}, where
+
+
+def parse_entry(text, where):
+    """Parse the JSON object of a sidecar or a manifest's line."""
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({first_line(error)})") from None
+    if not isinstance(entry, dict):
+        raise UserError(f'{where}: must be an object, {{"caption": "...", "genre": "jazz"}}')
+    if not isinstance(entry.get("attributes") or {}, dict):
+        raise UserError(f'{where}: "attributes" must be an object, {{"genre": "jazz"}}')
+    return entry
+
+
+def read_text(path):
+    """Read a text file, optionally gzipped. Raises UserError unless it is UTF-8, or UTF-16 with a byte-order mark."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+    is_utf16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    try:
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise UserError(f"{path}: not UTF-8 text. Save it as UTF-8")
+    return text
+
+
+def clean_text(text):
+    """Return text as one line, without invisible characters: controls, zero-width characters, direction marks."""
+    invisible = ("Cc", "Cf", "Cs", "Co", "Cn")
+    return " ".join("".join(" " if unicodedata.category(c) in invisible else c for c in text).split())
+
+
+def pop_captions(entry, where):
+    """Remove "caption" and audiocraft's "description" from an entry and return its captions, without empty ones."""
+    captions = []
+    for value in (entry.pop("caption", None), entry.pop("description", None)):
+        texts = value if isinstance(value, list) else [value or ""]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f'{where}: "caption" must be text, or a list of texts, not {texts[0]!r}')
+        captions = captions or [text for text in map(clean_text, texts) if text]
+    return captions
+
+
+def clean_metadata(entry):
+    """Return the texts and numbers of an entry. Lists become text; null, empty and nested values are dropped."""
+    metadata = {}
+    for key, value in entry.items():
+        if isinstance(value, list):
+            value = ", ".join(str(part) for part in value if isinstance(part, (str, int, float)) and part != "")
+        name, value = clean_text(key), clean_text(value) if isinstance(value, str) else value
+        if isinstance(value, (str, int, float)) and value != "" and name and key not in NOT_METADATA:
+            metadata[name] = value
+    return metadata
+
+
+def add_metadata(track, tags, analysis):
+    """Return an uncaptioned track with metadata from tags, folder names, and the estimated tempo and key.
+
+    analysis: from `analyse_track`. "measured" of the track lists which of tempo and key are estimates.
+    """
+    folder, key, measured = folder_words(track["name"]), analysis["key"], []
+    metadata = tags | ({"folder": folder} if folder else {})
+    tempo = parse_bpm(metadata.pop("bpm", ""))
+    if not tempo and analysis["tempo"]:
+        tempo = analysis["tempo"]
+        measured.append("tempo")
+    if tempo:
+        bpm = 5 * round(tempo / 5)
+        metadata["tempo"] = f"{'slow' if bpm < 85 else 'medium' if bpm < 125 else 'fast'}, {bpm} bpm"
+    if key >= 0 and "key" not in metadata:
+        metadata["key"] = KEYS[key]
+        measured.append("key")
+    return {**track, "metadata": metadata, "measured": measured}
+
+
+def read_tags(path, names):
+    """Read the tags called `names` of an audio file: {name: text}, in this order. Unreadable tags are skipped."""
+    if not names:
+        return {}
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            libsndfile_tags = file.copy_metadata()
+        with open(path, "rb") as file:
+            tags = getattr(mutagen.File(file), "tags", None)
+    except (soundfile.LibsndfileError, mutagen.MutagenError, OSError):
+        return {}
+    texts_by_name = {}
+    for name in names:
+        frame, *keys = TAGS[name]
+        if hasattr(tags, "getall"):  # ID3
+            frames = [tag for tag in tags.getall(frame) if not getattr(tag, "desc", "")]
+            texts = [text for tag in frames for text in (tag.genres if frame == "TCON" else map(str, tag.text))]
+        else:
+            texts = [text for key in keys for text in (tags or {}).get(key, [])]
+        text = clean_text(", ".join(texts) or libsndfile_tags.get(keys[0], ""))
+        if text not in ("", "0"):
+            texts_by_name[name] = text
+    return texts_by_name
+
+
+def folder_words(name):
+    """Return the folders of a track as text: 'jazz_trio/slow/007/01.mp3' -> 'jazz trio, slow'. Numbers are dropped."""
+    folders = Path(name).parts[:-1]
+    folders = folders[-1:] if ".." in folders else folders  # outside the manifest's folder, only the last folder counts
+    texts = (folder.replace("_", " ").strip() for folder in folders)
+    return clean_text(", ".join(text for text in texts if any(map(str.isalpha, text))))
+
+
+def parse_bpm(tag):
+    """Return the beats per minute in a tag's text, or 0."""
+    match = re.fullmatch(r"(\d{2,3})([.,]\d+)?( ?bpm)?", tag.strip().lower())
+    return float(match[1]) if match else 0.0
+
+
+def train_tokenizer(tracks, vocab_size):
+    """Train SentencePiece (BPE, case-folded, byte fallback) on captions and metadata. Return the model's bytes."""
+    if not 300 <= vocab_size <= 1_000_000:
+        raise UserError(f"--vocab_size {vocab_size}: must be between 300 and 1,000,000, because 256 pieces are bytes")
+    sentences = [caption for track in tracks for caption in captions_of(track) if caption]
+    sentences += sorted({f"{key}: {value}" for track in tracks for key, value in track["metadata"].items()})
+    folded = [unicodedata.normalize("NFKC", sentence).casefold() for sentence in sentences]
+    letters = Counter("".join(folded))
+    if len(letters) > (limit := (vocab_size - 259) // 2):  # leave room for words: rare letters become bytes
+        frequent = {letter for letter, _ in letters.most_common(limit)}
+        sentences = ["".join(letter if letter in frequent else " " for letter in sentence) for sentence in folded]
+    sentences = [sentence for sentence in sentences if sentence.strip()] or ["music"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size,
+        model_type="bpe", normalization_rule_name="nmt_nfkc_cf", byte_fallback=True, hard_vocab_limit=False,
+        minloglevel=2, num_threads=1, max_sentence_length=2**30,
+    )  # fmt: skip
+    return model.getvalue()

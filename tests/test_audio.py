@@ -1,0 +1,99 @@
+"""Audio files: interrupted recordings, MP3s with a wrong length, writing."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from mutagen.mp3 import MPEGFrame
+
+from audio import load_audio, mp3_seconds, write_audio
+from common import UserError
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
+def test_written_audio_is_read_again(suffix, tmp_path):
+    wav = 0.5 * torch.stack([torch.arange(16_000).mul(rate).sin() for rate in (0.05, 0.1)])
+    assert write_audio(tmp_path / f"a{suffix}", wav, 16_000) == tmp_path / f"a{suffix}"
+    assert [path.name for path in tmp_path.iterdir()] == [f"a{suffix}"]
+    difference = (load_audio(tmp_path / f"a{suffix}", 16_000, 2)[:, :16_000] - wav).abs()
+    assert difference.max() < (1e-4 if suffix in (".wav", ".flac") else 0.2)
+
+
+def test_a_sample_rate_that_a_format_lacks_is_refused(tmp_path):
+    with pytest.raises(UserError, match="a.mp3: cannot be encoded as MP3 .*. Choose another format"):
+        write_audio(tmp_path / "a.mp3", torch.zeros(1, 100), 96_000)
+    assert not any(tmp_path.iterdir())
+
+
+def test_long_ogg_files_are_written(tmp_path):
+    write_audio(tmp_path / "long.ogg", torch.zeros(1, 16_000 * 600), 16_000)
+    assert soundfile.info(tmp_path / "long.ogg").duration == 600
+
+
+def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(soundfile.SoundFile, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_audio(tmp_path / "a.wav", torch.zeros(1, 100), 16_000)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_wav_of_an_interrupted_recording_is_read_completely(tmp_path):
+    path, rng = tmp_path / "interrupted.wav", np.random.default_rng(0)
+    soundfile.write(path, rng.uniform(-0.5, 0.5, (16_000, 2)), 16_000)
+    expected, content = load_audio(path, 16_000, 2), bytearray(path.read_bytes())
+    data = content.index(b"data")
+    content[4:8] = content[data + 4 : data + 8] = bytes(4)
+    path.write_bytes(content)
+    assert torch.equal(load_audio(path, 16_000, 2), expected)
+    path.write_bytes(content[: data + 8])
+    with pytest.raises(UserError, match="interrupted.wav: contains no samples"):
+        load_audio(path, 16_000)
+
+
+@pytest.mark.parametrize("rate", [48_000, 44_100, 32_000, 22_050, 16_000, 8_000])
+def test_an_mp3_that_libsndfile_reads_only_in_part_is_refused(rate, tmp_path):
+    """libsndfile uses the header: it reads the first of two joined files, and a part of a file without header."""
+    path, time = tmp_path / "a.mp3", np.arange(5 * rate) / rate
+    tone = 0.3 * np.sin(2 * np.pi * 440 * time)
+    soundfile.write(path, tone, rate)
+    content, seconds = path.read_bytes(), mp3_seconds(path)
+    assert seconds == pytest.approx(5, abs=0.3)
+    assert load_audio(path, 16_000).shape[1] == pytest.approx(80_000, abs=5000)
+
+    picture = np.random.default_rng(0).integers(256, size=500_000).astype(np.uint8)
+    picture[::9], picture[1::9], picture[2::9] = 255, 251, 144  # looks like frame headers
+    size = bytes([len(picture) >> 21 & 127, len(picture) >> 14 & 127, len(picture) >> 7 & 127, len(picture) & 127])
+    tag = b"ID3\x04\x00\x00" + size + picture.tobytes()
+    for changed in (tag + content, content + b"APETAGEX" + picture.tobytes(), bytes(1000) + content + bytes(1000)):
+        path.write_bytes(changed)
+        assert mp3_seconds(path) == seconds
+        load_audio(path, 16_000)
+
+    for changed in (2 * content, content + tag + content):
+        path.write_bytes(changed)
+        match = r"a.mp3: the header says 5.\d s but the stream has (9.9|10.\d) s. Convert it to WAV or FLAC"
+        with pytest.raises(UserError, match=match):
+            load_audio(path, 16_000)
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+def test_an_mp3_without_header_is_read_completely_or_refused(mode, tmp_path):
+    """Without the header in the first frame, libsndfile extrapolates from the bitrate of the next frame."""
+    path, rate = tmp_path / "a.mp3", 44_100
+    wav = 0.3 * np.sin(2 * np.pi * 440 * np.arange(20 * rate) / rate)
+    wav[:rate] += np.random.default_rng(0).normal(0, 0.1, rate)  # a high bitrate at the start
+    with soundfile.SoundFile(path, "w", rate, 1, bitrate_mode=mode, compression_level=0.5) as file:
+        file.write(wav)
+    with open(path, "rb") as file:
+        MPEGFrame(file)
+        frames = file.read()
+    path.write_bytes(frames)
+    assert mp3_seconds(path) == pytest.approx(20, abs=0.1)
+    if mode == "CONSTANT":
+        assert load_audio(path, 16_000).shape[1] == pytest.approx(20 * 16_000, abs=2000)
+    else:
+        with pytest.raises(UserError, match=r"the header says \d.\d s but the stream has (19.9|20.\d) s"):
+            load_audio(path, 16_000)
