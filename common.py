@@ -1,4 +1,4 @@
-"""Shared by all programs: errors of one line, files, the device, checkpoints."""
+"""Shared by all programs: one-line errors, files, the device, checkpoints."""
 
 import contextlib
 import ctypes

@@ -38,46 +38,46 @@ def merge_text(caption, metadata, rng):
     return ". ".join([caption, *parts] if caption else parts)
 
 
-def style_excerpt(frames, seconds, place, codebooks, frame_rate):
-    """Choose the style excerpt of an item of `frames` frames: (first frame, end, codebooks), at most half of the item.
+def style_excerpt(frames, seconds, place, frame_rate):
+    """Return the style excerpt of an item of `frames` frames: (first frame, end), at most half of the item.
 
     place in [0, 1): where the excerpt starts, from the item's start to the last possible frame.
     """
     length = max(1, min(round(seconds * frame_rate), frames // 2))
     first = int(place * (frames - length + 1))
-    return first, first + length, codebooks
+    return first, first + length
 
 
 def draw_conditions(caption, metadata, frames, frame_rate, rng, s):
-    """Draw the conditions of one training item from its own numpy Generator `rng`.
+    """Draw which conditions a training item gets, from the item's numpy Generator `rng`.
 
     The metadata joins the caption with probability `merge_text_p`, and always if there is no caption. Each word is
     dropped with `word_dropout`. Attribute dropout drops text, melody and style each by its own probability. CFG dropout
     drops all of them together with `cfg_dropout` (classifier-free guidance, arXiv:2207.12598). The style excerpt's
     length, place and number of codebooks are uniform.
-    Returns {"text": str or None, "melody": bool, "style": `style_excerpt` or None}.
+    Returns {"text": str or None, "melody": bool, "style": (first frame, end, codebooks) or None}.
     """
-    merge, drop_all, drop_text = rng.random(3)
-    if merge < s.merge_text_p or not caption:
+    draw_merge, draw_all, draw_text = rng.random(3)
+    if draw_merge < s.merge_text_p or not caption:
         caption = merge_text(caption, metadata, rng)
     if s.word_dropout:
         words = caption.split()
         caption = " ".join(word for word, draw in zip(words, rng.random(len(words))) if draw >= s.word_dropout)
-    drop_melody, drop_style, place, longer = rng.random(4)
-    seconds = np.interp(longer, (0, 1), s.style_seconds)
-    style = style_excerpt(frames, seconds, place, int(rng.integers(s.style_codebooks)) + 1, frame_rate)
-    keep = drop_all >= s.cfg_dropout
+    draw_melody, draw_style, place, draw_seconds = rng.random(4)
+    seconds, codebooks = np.interp(draw_seconds, (0, 1), s.style_seconds), int(rng.integers(s.style_codebooks)) + 1
+    style = (*style_excerpt(frames, seconds, place, frame_rate), codebooks)
+    keep = draw_all >= s.cfg_dropout
     return {
-        "text": caption if keep and drop_text >= s.text_dropout else None,
-        "melody": s.melody and keep and drop_melody >= s.melody_dropout,
-        "style": style if s.style and keep and drop_style >= s.style_dropout else None,
+        "text": caption if keep and draw_text >= s.text_dropout else None,
+        "melody": s.melody and keep and draw_melody >= s.melody_dropout,
+        "style": style if s.style and keep and draw_style >= s.style_dropout else None,
     }
 
 
 def all_conditions(caption, frames, frame_rate, s):
     """Return what `draw_conditions` does, but drop nothing and take the middle excerpt of mean length."""
-    codebooks = min(INFERENCE_CODEBOOKS, s.style_codebooks)
-    style = style_excerpt(frames, np.mean(s.style_seconds), 0.5, codebooks, frame_rate)
+    excerpt = style_excerpt(frames, np.mean(s.style_seconds), 0.5, frame_rate)
+    style = (*excerpt, min(INFERENCE_CODEBOOKS, s.style_codebooks))
     return {"text": caption, "melody": s.melody, "style": style if s.style else None}
 
 
@@ -136,7 +136,7 @@ def chromagram(wav, sample_rate):
 
     8 frames per second, each centred on a hop of sample_rate // 8 samples: T' = ceil(samples / hop). The window has
     MusicGen's length, 2^14 samples at 32 kHz or 0.512 s (arXiv:2306.05284, section 2.3), so two bins make a semitone at
-    C2. Bins from C2 to B7 count for the nearest pitch, A4 = 440 Hz. Frames below -60 dBFS in that range are all zeros.
+    C2. Bins from C2 to B7 count for the nearest pitch, A4 = 440 Hz. Frames below -60 dBFS from C2 to B7 are all zeros.
     """
     hop, n_fft = sample_rate // CHROMA_RATE, 2 * round(0.256 * sample_rate)
     side = (n_fft - hop + 1) // 2
@@ -161,14 +161,14 @@ def strongest(chroma):
 class MelodyEmbedder(nn.Module):
     """Pitch classes -> prefix [B, P, D]. The embedding equals a linear map of one-hot chroma.
 
-    length: P, the pitch classes of an item.
+    length: P, the number of pitch classes of an item.
     """
 
     def __init__(self, D, length, frame_rate):
         super().__init__()
         self.length, self.stride = length, frame_rate / CHROMA_RATE
         self.embed = nn.Embedding(SILENCE + 1, D)
-        nn.init.normal_(self.embed.weight, std=0.5**0.5)  # as large as the positions
+        nn.init.normal_(self.embed.weight, std=0.5**0.5)  # the RMS of sinusoidal positions
         self.null = nn.Parameter(torch.zeros(D))
 
     def tokenize(self, melodies):
@@ -195,16 +195,16 @@ class MelodyEmbedder(nn.Module):
 class Conditioner(nn.Module):
     """All embedders of a model. Text is fused by cross-attention, the others are prepended to the sequence."""
 
-    def __init__(self, s, codec, tokenizer):
+    def __init__(self, s, codec_info, tokenizer):
         super().__init__()
         self.text = TextEmbedder(s.dim, tokenizer, s.text_dim, s.text_heads, s.text_layers, s.text_max_tokens)
         self.prepended = nn.ModuleDict()
         if s.melody:
-            self.prepended["melody"] = MelodyEmbedder(s.dim, round(s.segment * CHROMA_RATE), codec["frame_rate"])
+            self.prepended["melody"] = MelodyEmbedder(s.dim, round(s.segment * CHROMA_RATE), codec_info["frame_rate"])
         if s.style:
             from extras.style import StyleEmbedder
 
-            self.prepended["style"] = StyleEmbedder(s.dim, codec, s.style_dim, s.style_heads, s.style_layers,
+            self.prepended["style"] = StyleEmbedder(s.dim, codec_info, s.style_dim, s.style_heads, s.style_layers,
                                                     s.style_codebooks, s.style_bins, s.style_seconds[1])  # fmt: skip
         self.prefix_length = sum(embedder.length for embedder in self.prepended.values())  # P
 

@@ -18,9 +18,9 @@ from dataprep.shards import ArrayFile, captions_of, read_meta, read_tracks, text
 
 
 class Item(NamedTuple):
-    track: dict  # a line of the shard's .jsonl, and its "shard"
+    track: dict  # a line of the shard's .jsonl, and "shard", the shard's number
     start: int  # first frame in the track
-    conditions: dict  # from `draw_conditions`
+    choices: dict  # the conditions that the item gets, from `draw_conditions`
 
 
 class Batch(NamedTuple):
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     not_padding: torch.Tensor  # bool [B, T]
     in_loss: torch.Tensor  # bool [B, T], False on padding and style excerpts
     condition_tensors: dict  # from `Conditioner.tokenize`
-    targets_per_codebook: torch.Tensor  # float [K], the loss's denominator; in training of the global batch, at least 1
+    targets_per_codebook: torch.Tensor  # float [K], codes in the loss; training: of the whole global batch, at least 1
 
     def to(self, device):
         condition_tensors = to_device(self.condition_tensors, device)
@@ -99,13 +99,13 @@ class TokenDataset:
         rng, items = np.random.default_rng([s.seed, step]), []
         for row, frame in enumerate(rng.integers(self.ends[-1], size=size)):
             track = self.tracks[np.searchsorted(self.ends, frame, side="right")]
-            item_rng = np.random.default_rng([s.seed, step, row + 1])  # row 0 would repeat the batch's own numbers
+            item_rng = np.random.default_rng([s.seed, step, row + 1])  # [seed, step, 0] would equal [seed, step]
             start = int(item_rng.integers(max(0, track["frames"] - T) + 1))
             captions = captions_of(track)
             caption = captions[item_rng.integers(len(captions))] if len(captions) > 1 else captions[0]
             frames = min(T, track["frames"])
-            conditions = draw_conditions(caption, track["metadata"], frames, self.frame_rate, item_rng, s)
-            items.append(Item(track, start, conditions))
+            choices = draw_conditions(caption, track["metadata"], frames, self.frame_rate, item_rng, s)
+            items.append(Item(track, start, choices))
         return items
 
     def evaluation_items(self, places, T, s):
@@ -113,11 +113,11 @@ class TokenDataset:
         return [Item(track, start, all_conditions(text_of(track), min(T, track["frames"] - start), self.frame_rate, s))
                 for track, start in places]  # fmt: skip
 
-    def cut_into_segments(self, T, most=0):
-        """Return (track, first frame) of consecutive segments, at most `most` of them, evenly spread; 0: all."""
+    def cut_into_segments(self, T, limit=0):
+        """Return (track, first frame) of consecutive segments, at most `limit` of them, evenly spread; 0: all."""
         places = [(track, start) for track in self.tracks for start in range(0, track["frames"], T)]
-        if most and most < len(places):
-            places = [places[i] for i in np.linspace(0, len(places) - 1, most).round().astype(int)]
+        if limit and limit < len(places):
+            places = [places[i] for i in np.linspace(0, len(places) - 1, limit).round().astype(int)]
         return places
 
     def masks(self, items, T):
@@ -126,23 +126,24 @@ class TokenDataset:
         not_padding = torch.arange(T) < lengths
         in_loss = not_padding.clone()
         for row, item in enumerate(items):
-            if style := item.conditions["style"]:
-                in_loss[row, style[0] : style[1]] = False
+            if item.choices["style"]:
+                first, end, _ = item.choices["style"]
+                in_loss[row, first:end] = False
         return not_padding, in_loss
 
     def collate(self, items, T):
-        """Read the items: return codes, not_padding and in_loss as in Batch, and the conditions, a list of B dicts."""
+        """Read the items: return codes int64 [B, K, T], 0 on padding, and the conditions, a list of B dicts."""
         codes, conditions = torch.zeros(len(items), self.K, T, dtype=torch.int64), []
-        for row, (track, start, drawn) in enumerate(items):
+        for row, (track, start, choices) in enumerate(items):
             item_codes = torch.from_numpy(self.codes(track, start, T).T.astype(np.int64))
             codes[row, :, : item_codes.shape[1]] = item_codes
-            conditions.append({"text": drawn["text"]})
-            if drawn["melody"]:
+            conditions.append({"text": choices["text"]})
+            if choices["melody"]:
                 conditions[-1]["melody"] = self.melody(track, start, T)
-            if drawn["style"]:
-                first, end, codebooks = drawn["style"]
+            if choices["style"]:
+                first, end, codebooks = choices["style"]
                 conditions[-1]["style"] = (item_codes[:, first:end], codebooks)
-        return codes, *self.masks(items, T), conditions
+        return codes, conditions
 
 
 # ------------------------------------------------------------------------------------------------------- batches
@@ -153,7 +154,7 @@ class TrainingBatches(torch.utils.data.Dataset):
 
     def __init__(self, dataset, model, s, rank=0, world_size=1):
         self.dataset, self.s, self.rank, self.world_size = dataset, s, rank, world_size
-        # not the model itself, because a worker that is not forked would copy its weights
+        # not the whole model, because a worker that is not forked copies these
         self.tokenize, self.make_pattern, self.T = model.conditioner.tokenize, model.make_pattern, model.trained_frames
 
     def __len__(self):
@@ -164,19 +165,20 @@ class TrainingBatches(torch.utils.data.Dataset):
         if s.short_every and (step + 1) % s.short_every == 0:  # twice as many items of half the length
             T, batch_size, micro_batch = T // 2, 2 * batch_size, 2 * micro_batch
         items = self.dataset.draw_items(0 if s.one_batch else step, batch_size, T, s)
-        _, in_loss = self.dataset.masks(items, T)
+        not_padding, in_loss = self.dataset.masks(items, T)
         targets = count_targets(in_loss, self.make_pattern(T=T, training=True)).clamp(min=1)
         share = batch_size // self.world_size
         size = micro_batch or share
         micro_batches = []
         for first in range(self.rank * share, (self.rank + 1) * share, size):
-            *tensors, conditions = self.dataset.collate(items[first : first + size], T)
-            micro_batches.append(Batch(*tensors, self.tokenize(conditions), targets))
+            rows = slice(first, first + size)
+            codes, conditions = self.dataset.collate(items[rows], T)
+            micro_batches.append(Batch(codes, not_padding[rows], in_loss[rows], self.tokenize(conditions), targets))
         return micro_batches
 
 
 def loader(batches, first, device):
-    """Iterate over batches[first], batches[first + 1] ... For a GPU, a worker draws ahead into pinned memory."""
+    """Iterate over batches[first], batches[first + 1] ... For a GPU, a worker loads ahead into pinned memory."""
     on_gpu = device.type == "cuda"
     return iter(torch.utils.data.DataLoader(
         batches, sampler=range(first, len(batches)), batch_size=None, num_workers=int(on_gpu), pin_memory=on_gpu,
@@ -201,7 +203,8 @@ def valid_batches(dataset, model, size, s, rank=0, world_size=1):
     for first in range(0, len(places), size * world_size):
         share = places[first + rank * size :][:size]
         items = dataset.evaluation_items(share or places[:1], T, s)
-        codes, not_padding, in_loss, conditions = dataset.collate(items, T)
+        codes, conditions = dataset.collate(items, T)
+        not_padding, in_loss = dataset.masks(items, T)
         if not share:
             not_padding, in_loss = torch.zeros_like(not_padding), torch.zeros_like(in_loss)
         tensors = model.conditioner.tokenize(conditions)

@@ -1,6 +1,6 @@
 """Several processes as one: ranks, collectives, DDP, FSDP, and state dicts of sharded models.
 
-torchrun sets RANK and WORLD_SIZE. Without it there is one process, rank 0 of 1, and every function here works too.
+torchrun sets RANK and WORLD_SIZE. Without it there is one process, rank 0 of 1, and the collectives do nothing.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ def world_size():
 
 
 def launch_command():
-    """Return the command that started this process, up to the name of the program."""
+    """Return the command that started this process, up to the name of the program, without rendezvous options."""
+    if world_size() == 1:
+        return "python"
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    nodes = (
-        f"--nnodes={world_size() // per_node} (and the rendezvous, on each node) " if per_node < world_size() else ""
-    )
-    return f"torchrun {nodes}--nproc_per_node={per_node}" if world_size() > 1 else "python"
+    nodes = f"--nnodes={world_size() // per_node} " if per_node < world_size() else ""
+    return f"torchrun {nodes}--nproc_per_node={per_node}"
 
 
 def init_distributed(device, timeout):
@@ -105,12 +105,12 @@ def concat_over_ranks(tensor):
 
 def check_same_on_all_ranks(**values):
     """Raise UserError on every rank if a value differs from rank 0's."""
-    first, *others = gather(values)
-    for other, theirs in enumerate(others, 1):
-        differences = [f"{key} is {first[key]!r} on rank 0, {theirs[key]!r} on rank {other}"
-                       for key in first if first[key] != theirs[key]]  # fmt: skip
+    by_rank = gather(values)
+    for rank_number, others in enumerate(by_rank):
+        differences = [f"{key} is {value!r} on rank 0, {others[key]!r} on rank {rank_number}"
+                       for key, value in by_rank[0].items() if value != others[key]]  # fmt: skip
         if differences:
-            raise UserError(f"all processes of a run need the same settings: {'; '.join(differences)}")
+            raise UserError(f"all processes of a run need the same settings and files: {'; '.join(differences)}")
 
 
 def save_checkpoint(path, kind, **content):
@@ -124,10 +124,10 @@ def save_checkpoint(path, kind, **content):
 
 
 def replicate(model, device):
-    """Wrap the model in DDP: every rank has all weights, and gradients are averaged while backward still runs.
+    """Wrap the model in DDP: every rank has all weights, and averages gradients while backward still runs.
 
-    `find_unused_parameters` keeps DDP's first grouping of gradients into buckets. Otherwise a resumed run would regroup
-    at another step than an uninterrupted one, and on more than two ranks another grouping rounds differently.
+    `find_unused_parameters` keeps DDP's first grouping of gradients into buckets. Otherwise DDP regroups after one
+    step, which is another step in a resumed run, and with more than two ranks sums would round differently.
     """
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(
@@ -198,7 +198,7 @@ def set_state(model, weights, optimizer=None, state=None):
         options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         dcp.set_model_state_dict(model, dict(weights), options=options)  # dict(): torch changes its argument
         if optimizer:
-            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # `freeze` may have changed
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
             state = {name: state.get(name) or dict(step=torch.zeros(()), exp_avg=torch.zeros(p.shape),
                                                    exp_avg_sq=torch.zeros(p.shape))
                      for name, p in trained.items()}  # fmt: skip

@@ -1,6 +1,7 @@
 """The log of a run: metrics.jsonl, history.jsonl, the console, and tensorboard or wandb.
 
-metrics.jsonl    a line every few steps: step, epoch, ce, ppl, ce_q1, ppl_q1 ..., lr, grad_norm, tokens_per_s ...
+metrics.jsonl    a line every few steps: step, epoch, ce, ppl, ce_q1, ppl_q1 ... (of codebook 1 ...), lr, grad_norm,
+                 skipped (steps), tokens_per_s (codes in the loss), data_wait (share of the time), memory (GiB), mfu
 history.jsonl    a line for each stage of an epoch: train, valid, best, evaluate, generate, commit
 """
 
@@ -21,7 +22,7 @@ from common import UserError, first_line
 
 
 def by_codebook(name, values):
-    """[K] values -> {"ce": their mean, "ce_q1": the first, "ce_q2": ...}."""
+    """[K] values -> {name: their mean, "name_q1": the first, "name_q2": ...}."""
     return {name: float(np.mean(values)), **{f"{name}_q{k}": float(value) for k, value in enumerate(values, 1)}}
 
 
@@ -58,8 +59,8 @@ class Interval:
 
     start: float = field(default_factory=time.monotonic)
     waited: float = 0.0  # seconds, for data
-    targets: float = 0.0
-    flops: float = 0.0
+    targets: float = 0.0  # codes in the loss, of all ranks
+    flops: float = 0.0  # floating-point operations, of all ranks
 
     def rates(self, peak):
         """Return the speeds for a line of metrics.jsonl. peak: the devices' operations per second, or None."""

@@ -122,7 +122,8 @@ def read_clip(dataset, track, T):
 
 def read_conditions(dataset, tracks, T, s):
     """Return the conditions of the tracks' first T frames, a list of dicts."""
-    return dataset.collate(dataset.evaluation_items([(track, 0) for track in tracks], T, s), T)[-1]
+    _, conditions = dataset.collate(dataset.evaluation_items([(track, 0) for track in tracks], T, s), T)
+    return conditions
 
 
 def measure_clips(codec, clips, measure, label="measuring"):
@@ -294,7 +295,7 @@ def evaluate_run(run, clips, cfg, device):
     path = Path(run, "best.pt") if Path(run).is_dir() else Path(run)
     _, s, codec_info = load_model(path)
     s.evaluate_clips, s.cfg = clips, s.cfg if cfg is None else cfg
-    codec = shards.load_codec(s.data, s.codec, s.codec_weights).to(device)
+    codec = shards.load_matching_codec(s.data, s.codec, s.codec_weights).to(device)
     if codec.id != codec_info["id"]:
         raise UserError(f"{path}: trained with codec {codec_info['id']}, but {s.data} has {codec.id}; train again")
     result = evaluate(path, codec, data.TokenDataset(s.data, "train"), data.TokenDataset(s.data, "valid"), s)

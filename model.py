@@ -53,9 +53,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 def attention(q, k, v, mask, is_causal=False):
-    """softmax(q k^T / sqrt(d)) v, where mask [..., S, W] is True: q [B, H, S, d], k and v [B, H, W, d].
+    """softmax(q k^T / sqrt(d)) v: q [B, H, S, d], k and v [B, H, W, d].
 
-    mask: None if is_causal.
+    mask bool [..., S, W], True for keys that count; None if is_causal.
     """
     if q.device.type == "cpu":
         return cpu_attention(q, k, v, mask, is_causal)  # the same result, but faster
@@ -84,17 +84,17 @@ class Block(nn.Module):
         B, S, _ = x.shape
         return x.view(B, S, parts, self.n_heads, -1).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x, text_states, text_mask, rotation=None, cache=None, input_pos=None, causal_mask=None):
+    def forward(self, x, text_states, text_mask, rotation=None, cache=None, input_slots=None, causal_mask=None):
         """x [B, S, D] -> [B, S, D].
 
-        text_states [B, L, D] with text_mask bool [B, 1, 1, L]. rotation: `rotations`, if positions are rotary.
-        For generation, `cache` is this block's KV cache, x stands at its positions input_pos [S] and attends to its
-        first W positions where causal_mask [S, W] is True.
+        text_states [B, L, D] with text_mask bool [B, 1, 1, L]. rotation: `rotations`, if positions are rotary. S
+        includes the prefix. For generation, `cache` is this block's KVCache of generate.py, which replaces text_states:
+        x is stored in its slots input_slots [S] and attends to its first W slots where causal_mask [S, W] is True.
         """
         qk, (v,) = self.split_heads(self.qkv(self.norm1(x)), 3).split([2, 1])
         q, k = qk if rotation is None else rotate(qk, rotation)
         if cache is not None:
-            k, v = cache.update(input_pos, k, v, causal_mask.shape[1])
+            k, v = cache.update(input_slots, k, v, causal_mask.shape[1])
         y = attention(q, k, v, causal_mask, is_causal=cache is None)
         x = x + self.attn_out(y.transpose(1, 2).flatten(2))
 
@@ -113,13 +113,13 @@ def cached_pattern(make_pattern, T, training, device):
 
 
 class MusicLM(nn.Module):
-    """settings: see config/__init__.py; codec: a dict with K, card, frame_rate, dim; tokenizer: SentencePiece bytes."""
+    """settings: config.Settings; codec_info: from `Codec.info`; tokenizer: the bytes of a SentencePiece model."""
 
-    def __init__(self, settings, codec, tokenizer):
+    def __init__(self, settings, codec_info, tokenizer):
         super().__init__()
-        self.K, self.card = codec["K"], codec["card"]
-        self.special, self.frame_rate = self.card, codec["frame_rate"]
-        self.channels = codec.get("channels", 1)
+        self.K, self.card = codec_info["K"], codec_info["card"]
+        self.special, self.frame_rate = self.card, codec_info["frame_rate"]
+        self.channels = codec_info.get("channels", 1)
         self.pattern_name = settings.pattern
         # stereo codecs interleave codebooks, so left and right of one codebook get the same delay
         self.delays = tuple(settings.delays or (k // self.channels for k in range(self.K)))
@@ -134,7 +134,7 @@ class MusicLM(nn.Module):
         self.rotary = settings.positions == "rope"
         self.activation_checkpointing = settings.activation_checkpointing
         D = settings.dim
-        self.conditioner = Conditioner(settings, codec, tokenizer)
+        self.conditioner = Conditioner(settings, codec_info, tokenizer)
         self.embed = nn.Embedding(self.K * (self.card + 1), D)  # the K tables in one
         self.blocks = nn.ModuleList(Block(D, settings.heads) for _ in range(settings.layers))
         if settings.lora_rank:
@@ -143,13 +143,13 @@ class MusicLM(nn.Module):
             add_lora(self.blocks, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
         self.norm = LayerNorm(D)
         self.heads = nn.Linear(D, self.K * self.card, bias=False)  # the K output layers in one
-        self.compiled_logits = None  # set by `optimize` in generate.py
+        self.compiled_logits = None  # a compiled `guided_logits`, set by `optimize` in generate.py
         self.init_weights()
 
     def init_weights(self):
         """Truncated normal with sigma = 1/sqrt(fan_in), scaled by 1/sqrt(2(l+1)) in layer l, from 0.
 
-        The embeddings are larger than MusicGen's, where the positions drown them for hundreds of steps (dev/LOG.md).
+        The embeddings are larger than MusicGen's, because small ones learn nothing for hundreds of steps (dev/LOG.md).
         """
 
         def init(weight, scale=1.0):
@@ -198,7 +198,7 @@ class MusicLM(nn.Module):
                 x = checkpoint(block, x, text_states, text_mask, rotation, use_reentrant=False)
             else:
                 x = block(x, text_states, text_mask, rotation)
-        return self.norm(x[:, x.shape[1] - S :])
+        return self.norm(x[:, -S:])
 
     def logits(self, hidden):
         """[B, S, D] -> [B, S, K, card]."""
@@ -223,8 +223,8 @@ class MusicLM(nn.Module):
     def generate(self, conditions, T, cfg=3.0, temperature=1.0, top_k=250):
         """Generate codes int64 [B, K, T] for B dicts of conditions, by one full forward pass per position.
 
-        Without a cache, to teach from. generate.py gives the same codes faster, and can exceed the trained length.
-        temperature 0 takes the likeliest code.
+        Simple code to teach from, for T up to the trained length. generate.py is faster and has the same distribution.
+        temperature 0 takes the likeliest code; top_k 0 draws from all.
         """
         pattern, B = self.pattern(T), len(conditions)
         holds_code = pattern.build(torch.ones_like(pattern.position)[None], special=0)[0].bool()  # [K, S]
@@ -239,7 +239,7 @@ class MusicLM(nn.Module):
             if temperature == 0:
                 codes = logits.argmax(-1)
             else:
-                smallest = logits.topk(min(top_k, self.card)).values[..., -1:]
+                smallest = logits.topk(min(top_k or self.card, self.card)).values[..., -1:]
                 probs = (logits / temperature).masked_fill(logits < smallest, -math.inf).softmax(-1)
                 codes = probs.flatten(0, 1).multinomial(1).view(B, self.K)
             sequence[:, :, position] = torch.where(holds_code[:, position], codes, self.special)
@@ -254,8 +254,8 @@ class MusicLM(nn.Module):
     def flops(self, T=None):
         """Return floating-point operations, forward and backward, of one training item of T frames (arXiv:2204.02311).
 
-        Each weight of blocks and heads counts 6 per position, or 4 if frozen; self-attention 12 D S^2 per block,
-        masked half included. The text encoder is not counted. T: by default the trained length.
+        Each weight of blocks and heads costs 6 operations per position, or 4 if frozen; self-attention 12 D S^2 per
+        block, masked half included. Text encoder and cross-attention are not counted. T: by default the trained length.
         """
         S = self.pattern(T or self.trained_frames, training=True).S - 1 + self.conditioner.prefix_length
         parts = [self.heads, *self.blocks]

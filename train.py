@@ -7,10 +7,10 @@
 
 Ctrl-C saves a checkpoint after the current step, and the same command resumes from it: bit for bit on a CPU, if the
 number of processes is the same.
-
-This file reads from top to bottom: optimization, setup in the order in which it runs, one training step, the end of an
-epoch, the loop. Letters: K codebooks.
 """
+
+# This file reads from top to bottom: the state, optimization, setup in the order in which it runs, validation and the
+# end of an epoch, one training step, the loop. `s` is the config.Settings. K is the number of codebooks.
 
 import faulthandler
 import functools
@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +49,8 @@ from tools import estimate, report
 from tools.signals import catch_signals
 
 DIVERGED = 100  # nats; a uniform guess has ln(card), which is below 8
-MAX_SKIPPED = 16  # skipped steps in a row; float16's loss scale starts at 2^16 and would be below 1 then
-COUNTERS = "step skipped ema_updates recent epoch_ce epoch_steps".split()  # of TrainState, in last.pt
+MAX_SKIPPED = 16  # skipped steps in a row, after which float16's initial loss scale of 2^16 is 1
+SAVED_FIELDS = "step skipped ema_updates recent epoch_ce epoch_steps".split()  # of TrainState, in last.pt
 
 
 @dataclass
@@ -62,7 +63,7 @@ class TrainState:
     ema: MusicLM  # exponential moving average of the model's weights, for validation and generation
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    autocast: callable
+    autocast: Callable  # returns the context of the forward pass
     loss_weights: torch.Tensor  # [K], mean 1
     step: int = 0
     skipped: int = 0  # steps without an update, because the gradient was not finite
@@ -108,7 +109,7 @@ def update_ema(state, s):
 
     torch's AveragedModel would make the host wait for the GPU.
     """
-    if state.step % min(s.ema_every, s.epoch, s.steps):  # at least as often as the EMA is used
+    if state.step % min(s.ema_every, s.epoch, s.steps):  # at least once per epoch
         return
     state.ema_updates += 1
     weight = (1 - s.ema_decay) / (1 - s.ema_decay**state.ema_updates)
@@ -121,10 +122,10 @@ def update_ema(state, s):
 
 
 def setup_device(s):
-    """Pick the device and join the other ranks: return (device, dtype), and write the choice to the settings."""
+    """Replace 'auto' in the settings, join the other ranks and check that they agree: return (device, dtype)."""
     device, dtype = common.pick_device(s.device, s.dtype)
     s.device, s.dtype = device.type, str(dtype).removeprefix("torch.")
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
     if device.type == "cpu":
         common.keep_freed_memory()
     device = distributed.init_distributed(device, s.timeout)
@@ -136,8 +137,8 @@ def load_data(s, device):
     """Return (training data, validation data, codec). Synthesizes the demo's data if they are missing."""
     if s.demo_clips:
         prepare_demo(s.data, s.demo_clips, s.codec, s.codec_weights)
-    distributed.barrier()
-    codec = shards.load_codec(s.data, s.codec, s.codec_weights).to(device)
+    distributed.barrier()  # rank 0 writes the demo's data
+    codec = shards.load_matching_codec(s.data, s.codec, s.codec_weights).to(device)
     if s.clip_seconds and metrics.clip_frames(s, codec) < 2:
         raise UserError(f"clip_seconds = {s.clip_seconds:g}: fewer than 2 frames of the codec; use longer clips")
     return data.TokenDataset(s.data, "train"), data.TokenDataset(s.data, "valid"), codec
@@ -160,7 +161,9 @@ def find_start(s, codec):
     distributed.barrier()
     resumes = last.exists()
     if (resumes and not s.resume) or (Path(s.out, "best.pt").exists() and not resumes):
-        raise UserError(f"{out}: holds a run{'' if resumes else ' without last.pt'}; choose another --out or remove it")
+        raise UserError(
+            f"{out}: holds a run{'' if resumes else ' without last.pt'}; choose another --out or remove the folder"
+        )
     path = last if resumes else s.init_from
     checkpoint = common.load_checkpoint(path, ["last"] if resumes else ["best", "last"]) if path else None
     distributed.check_same_on_all_ranks(step_of_last_pt=resumes and checkpoint["step"])  # disks may differ
@@ -169,7 +172,7 @@ def find_start(s, codec):
 
 
 def build_model(s, codec, start):
-    """Build the model. Only rank 0 of a new run has weights; otherwise they come from last.pt or from rank 0."""
+    """Build the model. Rank 0 of a new run initializes weights. Others are on "meta" and receive theirs later."""
     tokenizer = shards.read_tokenizer(s.data)
     if start.checkpoint and start.checkpoint["tokenizer"] != tokenizer:
         print(f"using the tokenizer of the checkpoint, not the one in {s.data}")
@@ -194,21 +197,21 @@ def build_model(s, codec, start):
 
 
 def wrap_model(model, s, device, dtype, resumes):
-    """Put the model on the device, by DDP or FSDP if there are several ranks: return its TrainState."""
+    """Put the model on the device, with DDP or FSDP if there are several ranks: return (model, net, EMA)."""
     distributed.barrier()  # rank 0 may have initialized weights for minutes, longer than a step may take
     if world_size() > 1 and s.parallel == "fsdp":
         ema = deepcopy(model).eval().requires_grad_(False)
         distributed.shard(model, device, dtype, s.reshard_after_forward, broadcast=not resumes)
-        # nothing would free the EMA's gathered weights later, because it has no backward pass
+        # the EMA has no backward pass, so its gathered weights are freed right after each forward pass
         distributed.shard(ema, device, dtype, True, reshard_rest=True, broadcast=not resumes)
         net = model
     else:
         model = model.to_empty(device=device) if next(model.parameters()).is_meta else model.to(device)
-        net = distributed.replicate(model, device) if world_size() > 1 else model
+        net = distributed.replicate(model, device) if world_size() > 1 else model  # DDP sends rank 0's weights
         ema = deepcopy(model).eval().requires_grad_(False)
     if compiler.is_enabled(s, device):
         compiler.compile_blocks(model, device)
-    return make_state(model, net, ema, s, device, dtype)
+    return model, net, ema
 
 
 def make_state(model, net, ema, s, device, dtype):
@@ -216,8 +219,8 @@ def make_state(model, net, ema, s, device, dtype):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     loss_weights = codebook_weights(s, model.K).to(device)
-    return TrainState(device, model, net, ema, make_optimizer(model, s), scaler, autocast, loss_weights,
-                      epoch_ce=[0.0] * model.K)  # fmt: skip
+    return TrainState(device=device, model=model, net=net, ema=ema, optimizer=make_optimizer(model, s), scaler=scaler,
+                      autocast=autocast, loss_weights=loss_weights, epoch_ce=[0.0] * model.K)  # fmt: skip
 
 
 def restore(state, start, s):
@@ -225,14 +228,16 @@ def restore(state, start, s):
     saved = start.checkpoint
     distributed.set_state(state.model, saved["model"], state.optimizer, saved["optimizer"])
     distributed.set_state(state.ema, saved["ema"])
-    state.scaler.load_state_dict(saved["scaler"] or state.scaler.state_dict())  # empty unless it was a float16 run
-    for key in COUNTERS:
+    state.scaler.load_state_dict(
+        saved["scaler"] or state.scaler.state_dict()
+    )  # {} if the saved run did not use float16
+    for key in SAVED_FIELDS:
         setattr(state, key, saved.get(key, getattr(state, key)))  # checkpoints of older code have no epoch means
     print("; ".join([f"resuming from {s.out}/last.pt at step {state.step}", *start.changes.values()]))
 
 
 def start_run(s, state, codec, train_data, start):
-    """Write what identifies the run to OUT: return (its log, what every checkpoint contains besides weights)."""
+    """Write config.json and the code's diff, and open the log: return (log, constant part of the checkpoints)."""
     if rank() == 0:
         common.write_json(Path(s.out, "config.json"), vars(s))
         code = common.git("rev-parse", "HEAD") + common.git("status", "--short") + common.git("diff", "HEAD")
@@ -241,7 +246,7 @@ def start_run(s, state, codec, train_data, start):
     words = sorted({*train_data.words(), *saved.get("words", ())}) if rank() == 0 else []  # only rank 0 saves
     checkpoint_info = dict(settings=vars(s), codec=codec.info(), words=words, data=train_data.meta.get("checksums"),
                            tokenizer=state.model.conditioner.text.tokenizer_model)  # fmt: skip
-    log = Log(s, state.step if start.resumes else -1)
+    log = Log(s, state.step if start.resumes else -1)  # -1 drops an old log
     data_changed = start.resumes and saved.get("data") not in (None, checkpoint_info["data"])
     if data_changed:
         print(f"{s.data} has changed since {s.out}/last.pt, so results will differ from an uninterrupted run's")
@@ -266,7 +271,7 @@ def print_sizes(s, state, train_data, valid_data, dtype):
 def save_last(state, s, checkpoint_info):
     """Write OUT/last.pt, to resume from."""
     weights, moments = distributed.get_state(state.model, state.optimizer)
-    counters = {key: getattr(state, key) for key in COUNTERS}
+    counters = {key: getattr(state, key) for key in SAVED_FIELDS}
     distributed.save_checkpoint(Path(s.out, "last.pt"), "last", model=weights, optimizer=moments,
                                 ema=distributed.get_state(state.ema)[0], scaler=state.scaler.state_dict(), **counters,
                                 **checkpoint_info)  # fmt: skip
@@ -288,14 +293,15 @@ def validate(model, batches, device, autocast):
 
 
 def is_due(step, every, s):
-    """Return whether a stage that runs each `every` epochs, and at the end of the run, runs at this step."""
+    """Return whether a stage that runs every `every` epochs, and at the end of the run, runs at this step."""
     return step >= s.steps or (step > 0 and every > 0 and step % (every * s.epoch) == 0)
 
 
 def end_of_epoch(state, codec, train_data, valid_data, unigram, checkpoint_info, log, s):
-    """Train line, valid, best, evaluate, generate, commit. A run that was killed here repeats all of them.
+    """Log the epoch's training loss, validate, save best.pt if it improved, evaluate, generate samples, commit.
 
-    `gain` is the validation ce without conditions minus that with conditions.
+    A run that was killed here repeats all of them. Step 0 validates the untrained model. The logged `gain` is the
+    validation ce without conditions minus the ce with conditions.
     """
     step, epoch, best = state.step, math.ceil(state.step / s.epoch), Path(s.out, "best.pt")
     if state.epoch_steps:
@@ -325,10 +331,10 @@ def end_of_epoch(state, codec, train_data, valid_data, unigram, checkpoint_info,
         report.write_page(Path(s.out))
 
 
-def training_step(state, micro_batches, lr, s, stop_requested=False):
-    """Train on one global batch: return (cross-entropy per codebook [K], gradient norm, whether any rank shall stop).
+def training_step(state, micro_batches, lr, s, signals=()):
+    """Train on one global batch: return (cross-entropy per codebook [K], gradient norm, whether a rank got a signal).
 
-    micro_batches: this rank's `data.Batch`es. Raises UserError if the loss diverges.
+    micro_batches: this rank's share, `data.Batch`es. signals: this rank's. Raises UserError if the loss diverges.
     """
     state.model.train()
     ce_q = torch.zeros(state.model.K, device=state.device)
@@ -338,22 +344,22 @@ def training_step(state, micro_batches, lr, s, stop_requested=False):
             with state.autocast():
                 ce_sum = state.net(codes, not_padding, in_loss, condition_tensors)
             loss = (state.loss_weights * ce_sum / targets_per_codebook).mean()
-            loss = state.scaler.scale(loss * world_size())  # DDP and FSDP average the gradients over the ranks
+            loss = state.scaler.scale(loss * world_size())  # because DDP and FSDP divide by the number of ranks
             loss.backward()
-        ce_q += (ce_sum / targets_per_codebook).detach()
+        ce_q += (ce_sum / targets_per_codebook).detach()  # the targets are those of the global batch, so parts add up
     state.scaler.unscale_(state.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), s.clip or math.inf)
 
-    # one all-reduce, and the only time that the host waits for the GPU
-    sums = torch.cat([ce_q, torch.full((1,), float(stop_requested), device=state.device)])
+    # the only time that the host waits for the GPU
+    sums = torch.cat([ce_q, torch.full((1,), float(len(signals)), device=state.device)])
     sums = torch.cat([distributed.sum_over_ranks(sums), distributed.full_tensor(grad_norm)[None]])
-    *ce_q, stop, grad_norm = sums.tolist()
+    *ce_q, n_signals, grad_norm = sums.tolist()
     state.step, is_finite = state.step + 1, math.isfinite(grad_norm)
     state.skipped += not is_finite
     state.skipped_in_a_row = 0 if is_finite else state.skipped_in_a_row + 1
     if not np.mean(ce_q) < DIVERGED or state.skipped_in_a_row == MAX_SKIPPED:
-        raise UserError(f"step {state.step}: loss {np.mean(ce_q):g}, gradient norm {grad_norm:g}; try a lower --lr."
-                        f" The weights were not touched; any {s.out}/last.pt is from an earlier step")  # fmt: skip
+        raise UserError(f"step {state.step}: ce {np.mean(ce_q):g}, gradient norm {grad_norm:g}; try a lower --lr."
+                        f" This step did not change the weights; {s.out}/last.pt, if any, is older")  # fmt: skip
     if is_finite:
         for group in state.optimizer.param_groups:
             group["lr"] = lr
@@ -364,7 +370,7 @@ def training_step(state, micro_batches, lr, s, stop_requested=False):
         state.model.conditioner.discard()
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    return ce_q, grad_norm, stop > 0
+    return ce_q, grad_norm, n_signals > 0
 
 
 def main():
@@ -373,12 +379,13 @@ def main():
     train_data, valid_data, codec = load_data(s, device)
     unigram = by_codebook("unigram", shards.unigram_ce(s.data))  # the loss of predicting codes by frequency alone
     start = find_start(s, codec)
-    state = wrap_model(build_model(s, codec, start), s, device, dtype, start.resumes)
+    model, net, ema = wrap_model(build_model(s, codec, start), s, device, dtype, start.resumes)
+    state = make_state(model, net, ema, s, device, dtype)
     if start.resumes:
         restore(state, start, s)
     log, checkpoint_info = start_run(s, state, codec, train_data, start)
     print_sizes(s, state, train_data, valid_data, dtype)
-    start = None  # unmap the old checkpoint, so that its disk space is freed when it is replaced
+    del start  # unmap the old checkpoint, so that its disk space is freed when it is replaced
     batches = data.loader(data.TrainingBatches(train_data, state.model, s, rank(), world_size()), state.step, device)
     flops, peak = functools.cache(state.model.flops), estimate.peak_flops(device, dtype)
     signals = catch_signals()  # before the bar, because it replaces sys.stdout
@@ -397,16 +404,16 @@ def main():
                 break
             state.epoch_ce, state.epoch_steps, interval = [0.0] * state.model.K, 0, Interval()
         if world_size() > 1:
-            faulthandler.dump_traceback_later(s.timeout, exit=True)
+            faulthandler.dump_traceback_later(s.timeout, exit=True)  # restarts the timer at each step
 
         wait_start = time.monotonic()
         micro_batches = next(batches)
         interval.waited += time.monotonic() - wait_start
         lr = learning_rate(state.step, s)
-        ce_q, grad_norm, stop = training_step(state, micro_batches, lr, s, bool(signals))
+        ce_q, grad_norm, stop = training_step(state, micro_batches, lr, s, signals)
 
         bar.update()
-        interval.targets += float(micro_batches[0].targets_per_codebook.sum())
+        interval.targets += float(micro_batches[0].targets_per_codebook.sum())  # of the global batch
         interval.flops += world_size() * sum(len(batch.codes) * flops(batch.codes.shape[2]) for batch in micro_batches)
         if math.isfinite(grad_norm):
             state.recent.append(ce_q)
@@ -422,8 +429,9 @@ def main():
     bar.close()
     distributed.cleanup_distributed()
     if state.step < s.steps or not log.is_committed(state.step):
-        print(f"stopped at step {state.step}; to resume: {distributed.launch_command()} {shlex.join(sys.argv)}")
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+        command = f"{distributed.launch_command()} {shlex.join(sys.argv)}"
+        print(f"stopped at step {state.step}; to resume: {command}")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])  # SIGTERM if only another rank got a signal
     print(f"\nlisten: {Path(s.out, 'index.html')}")
     caption = shlex.quote(shards.text_of(valid_data.tracks[0]))
     print(f"try:    python sample.py {s.out}/best.pt {caption} --duration {s.clip_seconds or s.segment:g}")

@@ -9,4 +9,3 @@ out = "out/lora"
 lora_rank = 16
 lora_alpha = 16.0
 lora_targets = ("qkv", "attn_out", "cross_q", "cross_kv", "cross_out")
-freeze = ("embed*", "blocks.*weight", "blocks.*bias", "norm.*", "heads*")

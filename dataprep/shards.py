@@ -1,14 +1,14 @@
-"""The files of a prepared data set, data/NAME/: read and checked.
+"""Read and check the files of a prepared data set, data/NAME/.
 
     meta.json                codec, sizes, checksums, and the request that made it
-    train_000.npy            uint16 [frames, K]; the next shard starts after SHARD_FRAMES
+    train_000.npy            uint16 [frames, K]; a shard has at most 100 million frames, or one track
     train_000_melody.npy     uint8 [frames], the strongest pitch class of each frame, 12 for silence
-    train_000.jsonl          one line per track: name, path, first frame in the shard, frames, captions, metadata
+    train_000.jsonl          one line per track: name, path, first frame in the shard, frames, caption, metadata ...
     valid_000.*              the held-out tracks
     counts.npy               int64 [2, K, card], how often each code occurs in train and in valid
     tokenizer.model          SentencePiece, trained on the captions
 
-Letters: K codebooks.
+Letters: K codebooks, `card` their size.
 """
 
 import json
@@ -38,7 +38,7 @@ def read_meta(folder):
         sizes += [meta[split]["frames"] for split in ("train", "valid")]
         if not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"sizes must be integers above 0, not {sizes}")
-        data_format, _ = meta["format"], meta["codec"]["id"]
+        data_format, _ = meta["format"], meta["codec"]["id"]  # KeyError if one is missing
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({first_line(error)}); prepare the data again") from None
     if data_format != DATA_FORMAT:
@@ -83,7 +83,7 @@ def captions_of(track):
 
 
 def text_of(track):
-    """Return the caption of a held-out track or, without one, its metadata."""
+    """Return the caption of a track or, without one, its metadata."""
     return track["caption"] or ". ".join(f"{key}: {value}" for key, value in track["metadata"].items())
 
 
@@ -101,7 +101,7 @@ def read_array(path, **options):
 
 
 class ArrayFile:
-    """An array in a .npy file, read by range: file[a:b]. Raises UserError if the file becomes shorter.
+    """An array in a .npy file, read in slices: file[a:b]. Raises UserError if the file becomes shorter.
 
     A memory map would read far ahead: 1.2 ms per item from a cold disk instead of 0.1 ms (dev/LOG.md). The file stays
     open, so a running training keeps its data when the data set is replaced.
@@ -134,7 +134,7 @@ class ArrayFile:
         return np.frombuffer(content, self.dtype).reshape(-1, *self.shape[1:])
 
 
-def load_codec(folder, name, weights=""):
+def load_matching_codec(folder, name, weights=""):
     """Load the codec called `name`. Raises UserError if the data set was prepared with another one."""
     loaded, expected = codec.load_codec(name, weights), read_meta(folder)["codec"]["id"]
     if loaded.id != expected:

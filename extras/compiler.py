@@ -20,7 +20,7 @@ def prepare_to_compile(device):
     if not has_compiler(device):
         raise UserError("compile: needs g++ or clang++, and triton on a GPU. Install them, or train with"
                         " --compile=never and sample without --compile")  # fmt: skip
-    torch._dynamo.config.recompile_limit = 64  # all blocks share one code object, for many caption lengths
+    torch._dynamo.config.recompile_limit = 64  # all blocks share one code object, recompiled for new shapes
     torch._dynamo.config.optimize_ddp = False  # otherwise DDP splits each block into several graphs
 
 
@@ -37,6 +37,6 @@ def is_enabled(s, device):
         return s.compile == "always"
     if device.type != "cuda" or s.steps < 1000:
         return False
-    if not has_compiler(device):
+    if not (is_possible := has_compiler(device)):
         print("compile: triton or gcc is missing, so blocks are not compiled and the run is slower")
-    return has_compiler(device)
+    return is_possible

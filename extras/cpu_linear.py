@@ -1,4 +1,4 @@
-"""Faster linear layers and attention for CPUs. GPUs do not use this file.
+"""Faster linear layers and attention for CPUs, and two choices that differ between CPU and GPU.
 
 oneDNN multiplies by weights in its own memory layout. torch's linear layer converts bfloat16 weights to that layout for
 each product, and sends float32 weights to MKL, which is slow with few rows on AMD processors (docs/numbers.md).
@@ -21,9 +21,9 @@ import common
 def cpu_attention(q, k, v, mask, is_causal):
     """Compute what `attention` in model.py does: q [B, H, S, d], k and v [B, H, W, d], mask [..., S, W].
 
-    torch's own attention is slow in bfloat16 on a CPU: up to about 512 positions, training takes twice the time of
-    separate products. In generation it takes 4 times that of float32, so the KV cache is float32 there. A compiled
-    decoding step, S = 1, uses sums instead of products, because the compiler fuses them.
+    In bfloat16 on a CPU, separate products are 2x faster in training than torch's attention, up to about 512 positions.
+    In generation torch's attention is 4x faster in float32, so the KV cache is float32 there. A compiled decoding step,
+    S = 1, uses sums instead of products, because the compiler fuses them.
     """
     if q.shape[2] == 1 and not is_causal and torch.compiler.is_compiling():
         scores = (q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[3])
@@ -44,28 +44,27 @@ def cache_dtype(tensor):
     return torch.float32 if tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 else tensor.dtype
 
 
-def keys_to_read(position, key_positions):
-    """Return the key positions up to `position` on a CPU, an even number, and all of them on a GPU.
+def slots_to_read(n_filled, slots):
+    """Return the slots of a KV cache to read: on a CPU the filled ones, rounded up to an even number; on a GPU all.
 
     A GPU replays one recorded shape. A CPU saves work, and even numbers halve the shapes that are compiled.
     """
-    is_cpu = key_positions.device.type == "cpu"
-    return key_positions[: position + position % 2] if is_cpu else key_positions
+    return slots[: n_filled + n_filled % 2] if slots.device.type == "cpu" else slots
 
 
 def optimize_for_cpu(model, dtype, compiled):
-    """Replace the linear layers of a model by faster ones. Their weights are no parameters any more."""
+    """Replace the linear layers of blocks and heads by faster ones. Packed weights are not parameters."""
     is_wide = model.embed.weight.shape[1] >= 512
-    packs = (dtype == torch.float32 and is_amd()) or (dtype == torch.bfloat16 and common.has_fast_bfloat16("cpu"))
+    use_packed = (dtype == torch.float32 and is_amd()) or (dtype == torch.bfloat16 and common.has_fast_bfloat16("cpu"))
     for parent in (model, *model.blocks):
         for name, module in [*parent.named_children()]:
             if type(module) is not nn.Linear:  # LoRALinear has another forward
                 continue
-            if packs and is_wide:
+            if use_packed and is_wide:
                 setattr(parent, name, PackedLinear(module))
             elif compiled and module.in_features < 512:
                 setattr(parent, name, SummedLinear(module))
-            elif packs and dtype == torch.float32 and module.out_features >= module.in_features:
+            elif use_packed and dtype == torch.float32 and module.out_features >= module.in_features:
                 module.weight.data = module.weight.data.t().contiguous().t()  # column-major is faster in MKL on AMD
 
 

@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685): fine-tune a model by low-rank matrices next to its frozen weights. Imported only if used."""
+"""LoRA (arXiv:2106.09685): fine-tune a model by low-rank matrices next to its frozen weights."""
 
 import math
 
@@ -12,8 +12,8 @@ from common import UserError
 class LoRALinear(nn.Linear):
     """A linear layer W plus a learned low-rank matrix: W + alpha / rank * B A. It equals W at first, because B is 0."""
 
-    def __init__(self, linear, rank, alpha):
-        super().__init__(linear.in_features, linear.out_features, bias=False)
+    def __init__(self, in_features, out_features, rank, alpha):
+        super().__init__(in_features, out_features, bias=False)
         self.scale = alpha / rank
         self.lora_a = nn.Parameter(torch.randn(rank, self.in_features) / math.sqrt(self.in_features))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank))
@@ -23,13 +23,14 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(blocks, rank, alpha, targets):
-    """Replace the linear layers named in `targets`, such as 'qkv' or 'up', by LoRALinear in each block."""
+    """Replace the linear layers named in `targets`, such as 'qkv' or 'up', by new LoRALinear in each block."""
     for block in blocks:
         linears = {name: module for name, module in block.named_children() if isinstance(module, nn.Linear)}
         for name in targets:
             if name not in linears:
                 raise UserError(f"lora_targets: a block has no '{name}'; choose from {', '.join(linears)}")
-            setattr(block, name, LoRALinear(linears[name], rank, alpha))
+            linear = linears[name]
+            setattr(block, name, LoRALinear(linear.in_features, linear.out_features, rank, alpha))
 
 
 def merge_lora(state, settings):

@@ -14,6 +14,8 @@ from torch import nn
 import distributed
 from common import UserError
 
+RATE = 5  # prefix positions per second, about
+
 
 class ResidualVQ(nn.Module):
     """Batch norm without affine parameters, then residual vector quantization (SoundStream, arXiv:2107.03312).
@@ -25,7 +27,7 @@ class ResidualVQ(nn.Module):
     """
 
     decay = 0.99
-    dead = 0.1  # codes below this share of the mean count are replaced, 230 steps after their last vector
+    dead = 0.1  # a code whose count is below this share of the mean is replaced, about 230 steps after its last vector
     spares = 8  # vectors of each sample, evenly spaced in time, that may replace dead codes
 
     def __init__(self, dim, codebooks, bins):
@@ -49,12 +51,12 @@ class ResidualVQ(nn.Module):
             mean, square = self.moments[1:] / self.moments[0]
             normal = (x - mean) / (square - mean.square()).clamp(min=1e-5).sqrt()
             residual, quantized, residuals, choices = normal.detach(), 0, [], []
-            for number, codes in enumerate(self.sums / self.counts.clamp(min=1e-9)[..., None]):
-                choice = (codes.square().sum(1) - 2 * residual @ codes.T).argmin(-1)  # the nearest code
+            for codebook, vectors in enumerate(self.sums / self.counts.clamp(min=1e-9)[..., None]):
+                choice = (vectors.square().sum(1) - 2 * residual @ vectors.T).argmin(-1)  # the nearest code
                 residuals.append(residual)
                 choices.append(choice)
-                quantized = quantized + codes[choice] * (number < codebooks)[:, None, None]
-                residual = residual - codes[choice]
+                quantized = quantized + vectors[choice] * (codebook < codebooks)[:, None, None]
+                residual = residual - vectors[choice]
             if self.training:
                 self.collect(x.detach(), mask, residuals, choices)
             return normal + (quantized - normal).detach()
@@ -96,18 +98,18 @@ class ResidualVQ(nn.Module):
 class StyleEmbedder(nn.Module):
     """Codes of an excerpt -> codec latents -> small transformer -> ResidualVQ -> prefix [B, P, D], about 5 per second.
 
-    codec: a dict with K, card, frame_rate in Hz, and dim, the width of the latents. `set_codec` copies the codec's
-    codebook vectors, which are part of every checkpoint. max_seconds: longer excerpts are cut off.
+    codec_info: from `Codec.info`. `set_codec` copies the codec's codebook vectors, which are part of every checkpoint.
+    max_seconds: longer excerpts are cut off.
     """
 
-    def __init__(self, D, codec, dim, n_heads, n_layers, codebooks, bins, max_seconds, rate=5):
+    def __init__(self, D, codec_info, dim, n_heads, n_layers, codebooks, bins, max_seconds):
         super().__init__()
-        self.frames, self.stride = round(max_seconds * codec["frame_rate"]), round(codec["frame_rate"] / rate)
+        self.frames, self.stride = round(max_seconds * codec_info["frame_rate"]), round(codec_info["frame_rate"] / RATE)
         if self.frames < 1:
             raise UserError(f"style_seconds: {max_seconds:g} s is shorter than one frame of the codec; use longer ones")
         self.length, self.codebooks = math.ceil(self.frames / self.stride), codebooks
-        self.register_buffer("tables", torch.zeros(codec["K"], codec["card"], codec["dim"]))
-        self.inp = nn.Linear(codec["dim"], dim)
+        self.register_buffer("tables", torch.zeros(codec_info["K"], codec_info["card"], codec_info["dim"]))
+        self.inp = nn.Linear(codec_info["dim"], dim)
         self.positions = nn.Parameter(torch.zeros(self.frames, dim))
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(dim, n_heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)

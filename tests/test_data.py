@@ -37,7 +37,8 @@ def collate(dataset, step, T, **overrides):
     """Return a step's global batch (codes, not_padding, in_loss, conditions) and its tracks."""
     s = settings(**overrides)
     items = dataset.draw_items(step, s.batch_size, T, s)
-    return *dataset.collate(items, T), [item.track for item in items]
+    codes, conditions = dataset.collate(items, T)
+    return codes, *dataset.masks(items, T), conditions, [item.track for item in items]
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(dataset, train_data):

@@ -306,7 +306,7 @@ def test_settings_that_contradict_the_checkpoint_are_refused(command, toy_run, d
         (["--lora_rank=2"], "lora_rank was 0, is 2"),
     ):
         assert_refused(command(train, *args, *settings), "last.pt: a different model", *changes, "another --out")
-    assert_refused(command(train, *args, "--resume=False"), "holds a run; choose another --out or remove it")
+    assert_refused(command(train, *args, "--resume=False"), "holds a run; choose another --out or remove the folder")
     assert (out / "last.pt").read_bytes() == before
 
 

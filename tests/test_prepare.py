@@ -319,7 +319,7 @@ def test_one_of_several_captions_is_drawn_for_each_item(tmp_path):
         tokens = TokenDataset(tmp_path / "out", split)
         for step in range(30):
             draws = [tokens.draw_items(step, settings.batch_size, 50, settings) for _ in range(2)]
-            first, again = ([item.conditions["text"] for item in items] for items in draws)
+            first, again = ([item.choices["text"] for item in items] for items in draws)
             assert first == again, "a pure function of the step"
             texts.update(first)
     assert texts["a slow tone"] > 5 and texts["a sad sound"] > 5 and texts["plain tone 1"] > 5

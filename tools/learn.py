@@ -51,7 +51,8 @@ def bench_learning(names, seconds, device, dtype, overrides=()):
     if s.demo_clips:
         prepare_demo(s.data, s.demo_clips, s.codec, s.codec_weights)
     train_data, valid_data = data.TokenDataset(s.data, "train"), data.TokenDataset(s.data, "valid")
-    codec, tokenizer = shards.load_codec(s.data, s.codec, s.codec_weights).info(), shards.read_tokenizer(s.data)
+    codec_info = shards.load_matching_codec(s.data, s.codec, s.codec_weights).info()
+    tokenizer = shards.read_tokenizer(s.data)
     plain = dataclasses.replace(s, positions="sinusoidal", codebook_weights=())  # MusicGen's own choices
     rows = {}
     for name in ("ours", "ours, plain", *names):
@@ -59,9 +60,9 @@ def bench_learning(names, seconds, device, dtype, overrides=()):
         settings = s if name == "ours" else plain
         try:
             if name in names:
-                model = peers.Learner(name, settings, codec, tokenizer)
+                model = peers.Learner(name, settings, codec_info, tokenizer)
             else:
-                model = MusicLM(settings, codec, tokenizer)
+                model = MusicLM(settings, codec_info, tokenizer)
         except ImportError as error:
             print(f"{name} is skipped: {error}")
             continue

@@ -9,7 +9,10 @@ from common import drop_output
 
 
 def catch_signals():
-    """Return a list that collects later signals: Ctrl-C, SIGTERM, SIGHUP, or a closed pipe of stdout as SIGTERM."""
+    """Return a list that collects later signals: Ctrl-C, SIGTERM, SIGHUP, or a closed pipe of stdout as SIGTERM.
+
+    Replaces sys.stdout by a Console.
+    """
     signals, numbers = [], [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not on Windows or under nohup
         numbers.append(signal.SIGHUP)
