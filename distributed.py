@@ -113,7 +113,7 @@ def check_same_on_all_ranks(**values):
             raise UserError(f"all processes of a run need the same settings and files: {'; '.join(differences)}")
 
 
-def save_checkpoint(path, kind, **content):
+def save_on_rank_0(path, kind, **content):
     """Write a checkpoint on rank 0 while the others wait. Every rank must call this."""
     if rank() == 0:
         common.save_checkpoint(path, kind, **content)

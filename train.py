@@ -272,7 +272,7 @@ def save_last(state, s, checkpoint_info):
     """Write OUT/last.pt, to resume from."""
     weights, moments = distributed.get_state(state.model, state.optimizer)
     counters = {key: getattr(state, key) for key in SAVED_FIELDS}
-    distributed.save_checkpoint(Path(s.out, "last.pt"), "last", model=weights, optimizer=moments,
+    distributed.save_on_rank_0(Path(s.out, "last.pt"), "last", model=weights, optimizer=moments,
                                 ema=distributed.get_state(state.ema)[0], scaler=state.scaler.state_dict(), **counters,
                                 **checkpoint_info)  # fmt: skip
 
@@ -317,7 +317,7 @@ def end_of_epoch(state, codec, train_data, valid_data, unigram, checkpoint_info,
     if step > 0 and valid["ce"] < log.best_ce:
         log.best_ce = valid["ce"]
         averaged, _ = distributed.get_state(state.ema)
-        distributed.save_checkpoint(best, "best", ema=averaged, step=step, ce=log.best_ce, **checkpoint_info)
+        distributed.save_on_rank_0(best, "best", ema=averaged, step=step, ce=log.best_ce, **checkpoint_info)
         log.stage("best", step, epoch, ce=log.best_ce)
     if s.evaluate_clips and is_due(step, s.evaluate_every, s):
         log.stage("evaluate", step, epoch, **metrics.evaluate(best, codec, train_data, valid_data, s))
