@@ -117,7 +117,7 @@ def downmix(wav):
 
     Centre and surround channels count -3 dB, the low-frequency channel is dropped, and the gains of a side add up to 1.
     """
-    n, half = wav.shape[1], 0.5**0.5
+    n, half = wav.shape[1], 0.5**0.5  # below, "l r c" are surround channels and "-" is the low-frequency channel
     gains = {"L": (1, 0), "R": (0, 1), "C": (half, half), "-": (0, 0), "l": (half, 0), "r": (0, half), "c": (0.5, 0.5)}
     layout = {3: "LRC", 4: "LRlr", 5: "LRClr", 6: "LRC-lr", 7: "LRC-clr", 8: "LRC-lrlr"}.get(n, "LR" * n)[:n]
     matrix = np.array([gains[channel] for channel in layout], dtype=wav.dtype)

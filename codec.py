@@ -211,7 +211,8 @@ def load_encodec_24khz(weights):
         raise UserError(f"encodec_24khz cannot be downloaded ({error}). Download {url} on another machine"
                         " and pass --codec_weights=FILE, or use --codec=tiny") from None  # fmt: skip
     except Exception as error:
-        raise UserError(f"{weights}: not the weights of encodec_24khz ({first_line(error)}). Pass {url}") from None
+        source = weights or "the download"
+        raise UserError(f"{source}: not the weights of encodec_24khz ({first_line(error)}). Pass {url}") from None
     return model
 
 

@@ -28,7 +28,7 @@ class Settings:
     seed: int = 0  # seed of the weights, the batches and the dropout
     device: str = "auto"  # cuda, mps or cpu; auto: the accelerator if there is one
     dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 if the hardware supports it
-    compile: str = "auto"  # compile the blocks in about a minute: always or never; auto: on GPUs for 1000 or more steps
+    compile: str = "auto"  # compile the blocks, in about a minute: always, never, or auto: on a GPU if steps >= 1000
     parallel: str = "ddp"  # ddp: each process holds all weights; fsdp: split weights, EMA and optimizer over processes
     reshard_after_forward: bool = True  # fsdp: gather weights again for backward; False: faster, more memory
     activation_checkpointing: bool = False  # compute each block again in the backward pass, which saves memory
@@ -62,7 +62,7 @@ class Settings:
     style_layers: int = 2  # blocks of the style embedder
     style_codebooks: int = 6  # codebooks of the style embedder's residual quantizer
     style_bins: int = 256  # vectors in each codebook of the style embedder
-    style_seconds: tuple = (1.5, 4.5)  # shortest and longest excerpt; excerpts are at most half of the item
+    style_seconds: tuple = (1.5, 4.5)  # shortest and longest excerpt; at most half of the training item
     # Fine-tuning
     freeze: tuple = ()  # parameters that are not trained, as patterns of names: blocks.*,heads.*
     lora_rank: int = 0  # rank of the LoRA matrices that are trained beside each block's weights; 0: no LoRA
@@ -85,14 +85,14 @@ class Settings:
     beta1: float = 0.9  # AdamW: decay of the average gradient
     beta2: float = 0.95  # AdamW: decay of the average squared gradient
     clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
-    ema_decay: float = 0.99  # decay of the EMA of the weights, which validation and generation use; 0: no averaging
+    ema_decay: float = 0.99  # decay of the EMA of the weights per update; validation and generation use it; 0: none
     ema_every: int = 1  # steps between updates of the EMA; at most one epoch
     # Epochs and logs
     epoch: int = 500  # steps in an epoch; each epoch ends with a checkpoint and a validation
     keep_every: int = 0  # epochs between checkpoints that are kept, as step_NNNNNN.pt; 0: keep none
     valid_items: int = 256  # held-out items in a validation; 0: all
-    generate_every: int = 1  # epochs between rounds of samples; 0: only at the end
-    samples: int = 4  # clips in a round of samples, generated for held-out captions
+    generate_every: int = 1  # epochs between sets of samples; 0: only at the end
+    samples: int = 4  # clips in a set of samples, generated for held-out captions
     evaluate_every: int = 0  # epochs between evaluations by metrics.py; 0: only at the end
     clip_seconds: float = 0.0  # length of generated clips, in samples and evaluations; 0: as long as a training item
     evaluate_clips: int = 60  # clips in an evaluation, generated for held-out captions; 0: no evaluation

@@ -1,9 +1,9 @@
 """Text to music in twenty minutes on a laptop. Downloads nothing except the packages.
 
 The corpus and its captions are synthesized, and the codec is part of the repository. config/demo_reference.py has
-MusicGen's choices. This file differs so that a short run follows captions better (docs/numbers.md): short items, and
-half of the steps with even shorter ones, contain more beginnings, where only the caption determines the music;
-codebook_weights favours the first codebooks, which carry the most audible information; rotary positions help rhythm.
+MusicGen's choices. This file differs so that a short run follows captions better (docs/numbers.md). Short items contain
+more beginnings of music, where the model has only the caption. codebook_weights favours the first codebooks, which
+carry the most audible information. Rotary positions help rhythm.
 """
 
 out = "out/demo"

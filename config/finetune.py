@@ -1,8 +1,8 @@
-"""Fine-tune MusicGen small's published weights on your captions.
+r"""Fine-tune MusicGen small's published weights on your captions.
 
     python prepare.py MUSIC --out data/music --codec musicgen_32khz --codec_weights CODEC
     python train.py config/finetune.py --codec_weights=CODEC --init_from=out/imported/best.pt
-    python train.py config/finetune.py --codec_weights=CODEC --init_from=out/finetune/best.pt --freeze= --lr=1e-5
+    python train.py config/finetune.py --codec_weights=CODEC --init_from=out/finetune/best.pt --freeze= --lr=1e-5 \
         --out=out/finetuned
 
 The first run trains only the text embedder, which replaces T5 and starts untrained. The second run trains all weights.

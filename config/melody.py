@@ -3,7 +3,7 @@
     python prepare.py MUSIC --out data/music --codec encodec_24khz:3
     python train.py config/melody.py
 
-For the size of the published model, begin this file with `from config.medium import *`.
+For the size of the published model, change the import below to `from config.medium import *`.
 """
 
 from config.small import *

@@ -1,6 +1,6 @@
-"""docs/walkthrough.md: its blocks run one after another, and print what the page says that they print.
+"""docs/walkthrough.md: its blocks run one after another in one session, and print the output that the page shows.
 
-WRITE=1 pytest tests/test_walkthrough.py writes what they print into the page.
+`WRITE=1 pytest tests/test_walkthrough.py` writes the real output into the page.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from conftest import ROOT
 PAGE = ROOT / "docs" / "walkthrough.md"
 
 
-def test_the_blocks_print_what_the_page_says():
+def test_the_blocks_print_the_output_of_the_page():
     namespace, text = {}, PAGE.read_text()
     for block, said in re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", text, re.S):
         printed = io.StringIO()
