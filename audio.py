@@ -91,15 +91,22 @@ def mp3_seconds(path):
     first bitrate, which is wrong if the bitrate varies.
     """
     seconds, end = 0.0, 0
-    with open(path, "rb") as file, contextlib.suppress(HeaderNotFoundError):
-        while True:
-            file.seek(MPEGInfo(file, end).frame_offset)  # skip tags and pictures: find several frames in a row
+    with open(path, "rb") as file:
+        while end < os.path.getsize(path):
+            try:
+                start = MPEGInfo(file, end).frame_offset  # skips tags and pictures to several frames in a row
+            except HeaderNotFoundError:
+                end += 2**14  # MPEGInfo gives up after 1 MiB, or 1,500 bytes that look like the start of a frame
+                continue
+            file.seek(start)
+            end, run = start + 1, []  # seconds of each frame
             with contextlib.suppress(HeaderNotFoundError):
                 while True:
                     frame = MPEGFrame(file)
                     samples = {1: 384, 2: 1152, 3: 1152 if frame.version == 1 else 576}[frame.layer]
-                    seconds += samples / frame.sample_rate
+                    run.append(samples / frame.sample_rate)
                     end = file.tell()
+            seconds += sum(run) if len(run) >= 8 else 0  # bytes of a picture can look like a few frames
     return seconds
 
 

@@ -212,7 +212,8 @@ def load_encodec_24khz(weights):
                         " and pass --codec_weights=FILE, or use --codec=tiny") from None  # fmt: skip
     except Exception as error:
         source = weights or "the download"
-        raise UserError(f"{source}: not the weights of encodec_24khz ({first_line(error)}). Pass {url}") from None
+        raise UserError(f"{source}: not the weights of encodec_24khz ({first_line(error)}). Download {url} and pass"
+                        " --codec_weights=FILE") from None  # fmt: skip
     return model
 
 

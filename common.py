@@ -33,7 +33,7 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
-def run(main, out_of_memory_advice=lambda: "lower the batch size"):
+def run(main, out_of_memory_advice=lambda: "use --device cpu if there is that option, or close other programs"):
     """Call a program's main. Bad input ends it with one line and status 2, Ctrl-C with status 130.
 
     out_of_memory_advice: returns the end of the out-of-memory message: memory by part, and settings that lower it.

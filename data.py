@@ -187,9 +187,10 @@ def loader(batches, first, device):
 
 
 def ignore_signals(worker):
-    """Ignore Ctrl-C and SIGTERM in a worker, because the current step still needs it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ignore Ctrl-C, SIGTERM and SIGHUP in a worker, because the current step still needs it."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def valid_batches(dataset, model, size, s, rank=0, world_size=1):

@@ -72,7 +72,8 @@ def stream(model, conditions, frames, prompt=None, cfg=3.0, cfg_beta=1.0, temper
     cfg          guidance scale: uncond + cfg * (cond - uncond); 1: no guidance, at half the cost
     cfg_beta     weight of the text beside the style, if both are given: see `guide`; 1: equal, at 2/3 of the cost
     temperature  0 takes the likeliest code; otherwise codes are drawn from the top_p mass, if set, or from the top_k
-    seeds        B integers, by default 0 to B - 1; a sample depends on its own seed only
+    seeds        B integers, by default 0 to B - 1; a sample depends on its own seed only, and after the first window on
+                 the shortest prompt, which decides where windows start
     stride       frames that each window after the first adds; default: half of the trained length
     """
     B, window, device = len(conditions), model.trained_frames, model.embed.weight.device

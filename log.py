@@ -62,12 +62,12 @@ class Interval:
     targets: float = 0.0  # codes in the loss, of all ranks
     flops: float = 0.0  # floating-point operations, of all ranks
 
-    def rates(self, peak):
+    def rates(self, device, peak):
         """Return the speeds for a line of metrics.jsonl. peak: the devices' operations per second, or None."""
         seconds = time.monotonic() - self.start
         rates = dict(tokens_per_s=round(self.targets / seconds), data_wait=round(self.waited / seconds, 4))
-        if torch.cuda.is_available():
-            rates["memory"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)  # GiB, the maximum so far
+        if device.type == "cuda":
+            rates["memory"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)  # GiB, the maximum so far
         return rates | ({"mfu": round(self.flops / seconds / peak, 4)} if peak else {})
 
 

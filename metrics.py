@@ -323,4 +323,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, lambda: "use --device cpu, or evaluate a run with a lower --clip_seconds")

@@ -42,7 +42,7 @@ from generate import generate, load_model, optimize, stream
 from tools.output import set_loudness, write_stream
 
 # ranges of the options whose default is the run's setting
-RANGES = {"cfg": (-1e6, 1e6), "cfg_beta": (-1e6, 1e6), "temperature": (0, 1e6), "top_k": (0, 1e6), "top_p": (0, 1)}
+RANGES = {"cfg": (-1e6, 1e6), "cfg_beta": (-1e6, 1e6), "temperature": (0, 1e6), "top_k": (0, 1e12), "top_p": (0, 1)}
 
 
 def parse_arguments(words=None):

@@ -139,8 +139,6 @@ def load_data(s, device):
         prepare_demo(s.data, s.demo_clips, s.codec, s.codec_weights)
     distributed.barrier()  # rank 0 writes the demo's data
     codec = shards.load_matching_codec(s.data, s.codec, s.codec_weights).to(device)
-    if s.clip_seconds and metrics.clip_frames(s, codec) < 2:
-        raise UserError(f"clip_seconds = {s.clip_seconds:g}: fewer than 2 frames of the codec; use longer clips")
     return data.TokenDataset(s.data, "train"), data.TokenDataset(s.data, "valid"), codec
 
 
@@ -148,18 +146,15 @@ class Start(NamedTuple):
     """The starting point of a run: OUT/last.pt to resume, the weights of --init_from, or nothing."""
 
     checkpoint: dict | None
+    signature: tuple | None  # size and mtime of last.pt
     resumes: bool
     changes: dict  # {setting: its change in words}
 
 
 def find_start(s, codec):
-    """Lock OUT, load the checkpoint to start from and check that it fits the settings."""
+    """Load the checkpoint to start from and check that it fits the settings."""
     out, last = Path(s.out), Path(s.out, "last.pt")
-    if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        common.lock(out)
-    distributed.barrier()
-    resumes = last.exists()
+    signature, resumes = common.size_and_mtime(last), last.exists()
     if (resumes and not s.resume) or (Path(s.out, "best.pt").exists() and not resumes):
         raise UserError(
             f"{out}: holds a run{'' if resumes else ' without last.pt'}; choose another --out or remove the folder"
@@ -168,7 +163,7 @@ def find_start(s, codec):
     checkpoint = common.load_checkpoint(path, ["last"] if resumes else ["best", "last"]) if path else None
     distributed.check_same_on_all_ranks(step_of_last_pt=resumes and checkpoint["step"])  # disks may differ
     changes = config.check_same_model(checkpoint, s, codec.id, path, resumes) if checkpoint else {}
-    return Start(checkpoint, resumes, changes)
+    return Start(checkpoint, signature, resumes, changes)
 
 
 def build_model(s, codec, start):
@@ -181,6 +176,9 @@ def build_model(s, codec, start):
     has_weights = rank() == 0 and not start.resumes
     with torch.device("cpu" if has_weights else "meta"):  # initializing takes 30 s for small, and 13 GB for large
         model = MusicLM(s, codec.info(), tokenizer)
+    if metrics.clip_frames(s, codec) < 2:
+        raise UserError(f"clip_seconds = {s.clip_seconds:g}, segment = {s.segment:g}: fewer than 2 frames of the codec;"
+                        " use longer clips")  # fmt: skip
     if s.style and has_weights:
         model.conditioner.prepended["style"].set_codec(codec)
     if start.resumes:
@@ -237,8 +235,12 @@ def restore(state, start, s):
 
 
 def start_run(s, state, codec, train_data, start):
-    """Write config.json and the code's diff, and open the log: return (log, constant part of the checkpoints)."""
+    """Lock OUT, write config.json and the code's diff, open the log: return (log, constant part of the checkpoints)."""
     if rank() == 0:
+        Path(s.out).mkdir(parents=True, exist_ok=True)
+        common.lock(s.out)
+        if start.signature != common.size_and_mtime(Path(s.out, "last.pt")):
+            raise UserError(f"{s.out}: another run has saved last.pt meanwhile; run the command again")
         common.write_json(Path(s.out, "config.json"), vars(s))
         code = common.git("rev-parse", "HEAD") + common.git("status", "--short") + common.git("diff", "HEAD")
         common.write_file(Path(s.out, f"code_{state.step:06d}.diff"), code.encode())
@@ -386,9 +388,9 @@ def main():
     log, checkpoint_info = start_run(s, state, codec, train_data, start)
     print_sizes(s, state, train_data, valid_data, dtype)
     del start  # unmap the old checkpoint, so that its disk space is freed when it is replaced
+    signals = catch_signals()  # before the loader's worker starts, and before the bar, which keeps sys.stdout
     batches = data.loader(data.TrainingBatches(train_data, state.model, s, rank(), world_size()), state.step, device)
     flops, peak = functools.cache(state.model.flops), estimate.peak_flops(device, dtype)
-    signals = catch_signals()  # before the bar, because it replaces sys.stdout
     bar = tqdm(total=s.steps, initial=state.step, desc="training", file=sys.stdout, mininterval=1, smoothing=0.05)
     first_step, stop, interval = state.step, False, Interval()
 
@@ -421,7 +423,7 @@ def main():
         if state.recent and (state.step % s.log_every == 0 or state.step == s.steps):
             losses = with_perplexity(by_codebook("ce", np.mean(state.recent, axis=0)))
             line = dict(step=state.step, epoch=math.ceil(state.step / s.epoch), **losses, lr=lr, grad_norm=grad_norm,
-                        skipped=state.skipped, **interval.rates(peak and peak * world_size()))  # fmt: skip
+                        skipped=state.skipped, **interval.rates(device, peak and peak * world_size()))  # fmt: skip
             log.write("metrics", line)
             bar.set_postfix_str(f"ce {line['ce']:.3f}, grad {grad_norm:.2f}, {line['tokens_per_s']:,} tokens/s")
             state.recent, interval = [], Interval()
@@ -430,7 +432,8 @@ def main():
     distributed.cleanup_distributed()
     if state.step < s.steps or not log.is_committed(state.step):
         command = f"{distributed.launch_command()} {shlex.join(sys.argv)}"
-        print(f"stopped at step {state.step}; to resume: {command}")
+        note = " (on each node, with its rendezvous options)" if "--nnodes" in command else ""
+        print(f"stopped at step {state.step}; to resume: {command}{note}")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])  # SIGTERM if only another rank got a signal
     print(f"\nlisten: {Path(s.out, 'index.html')}")
     caption = shlex.quote(shards.text_of(valid_data.tracks[0]))

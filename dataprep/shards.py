@@ -34,15 +34,20 @@ def read_meta(folder):
         raise UserError(f"{folder}: not a prepared data set; make one with: python prepare.py MUSIC --out {folder}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta["format"] != DATA_FORMAT:
+            raise ValueError(f"format {meta['format']}, but this code reads {DATA_FORMAT}")
         sizes = [meta["codec"][key] for key in ("K", "card", "frame_rate")]
         sizes += [meta[split]["frames"] for split in ("train", "valid")]
         if not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"sizes must be integers above 0, not {sizes}")
-        data_format, _ = meta["format"], meta["codec"]["id"]  # KeyError if one is missing
+        if not type(meta["codec"]["name"]) is type(meta["codec"]["id"]) is str:
+            raise ValueError("the codec has no name or id")
+        if type(meta.get("checksums", {})) is not dict:
+            raise ValueError("checksums must be an object")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({first_line(error)}); prepare the data again") from None
-    if data_format != DATA_FORMAT:
-        raise UserError(f"{path}: format {data_format}, but this code reads {DATA_FORMAT}; prepare the data again")
+        raise UserError(
+            f"{path}: damaged or of another version ({first_line(error)}); prepare the data again"
+        ) from None
     return meta
 
 
@@ -63,14 +68,16 @@ def read_tracks(path, frames):
         tracks = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         for track in tracks:
             captions, numbers = captions_of(track), [track.get(key, 0) for key in ("level", "clipped")]
+            first, frames_of_track = track["first"], track["frames"]
             has_schema = (
                 type(captions) is list and captions and type(track["metadata"]) is dict
                 and all(type(text) is str for text in (track["name"], track["path"], track["caption"], *captions))
                 and all(type(number) in (int, float) for number in numbers)
+                and type(first) is type(frames_of_track) is int
             )  # fmt: skip
             if not has_schema:
                 raise ValueError(f"{track['name']}: a value has the wrong type")
-            if not 0 <= track["first"] < track["first"] + track["frames"] <= frames:
+            if not 0 <= first < first + frames_of_track <= frames:
                 raise ValueError(f"{track['name']}: outside its shard")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({first_line(error)}); prepare the data again") from None

@@ -27,6 +27,7 @@ from dataprep.analysis import KEYS
 from dataprep.shards import captions_of
 
 MANIFESTS = ("data.jsonl", "data.jsonl.gz", "manifest.jsonl")  # read from a folder without audio
+MANIFEST_LINE = '{"path": "a.wav", "caption": "..."}'
 NOT_METADATA = "duration sample_rate file_extension amplitude weight info_path".split()  # of audiocraft's manifests
 TAGS = {  # names of a tag in ID3, Vorbis comments and libsndfile
     "genre": ("TCON", "genre"), "title": ("TIT2", "title"), "mood": ("TMOO", "mood"), "bpm": ("TBPM", "bpm"),
@@ -120,26 +121,26 @@ def read_manifest(manifest):
         if not line.strip():
             continue
         where = f"{manifest}, line {number}"
-        entry = parse_entry(line, where)
+        entry = parse_entry(line, where, MANIFEST_LINE)
         if not isinstance(name := entry.pop("path", None), str):
-            raise UserError(f'{where}: has no "path". Write {{"path": "a.wav", "caption": "..."}}')
+            raise UserError(f'{where}: has no "path". Write {MANIFEST_LINE}')
         path = manifest.parent / name
         if not path.is_file() and Path(name).is_file():
             path = Path(name)
         if not path.is_file():
             raise UserError(f"{where}: {path}: no such file")
-        has_text = clean_metadata({**entry, **(entry.get("attributes") or {}), "melody_from": None})
-        yield path, entry if has_text else {**entry, **read_sidecars(path)}, where
+        has_text = clean_metadata({**entry, "melody_from": None})
+        yield path, entry if has_text else {**read_sidecars(path), **entry}, where
 
 
-def parse_entry(text, where):
+def parse_entry(text, where, example='{"caption": "...", "genre": "jazz"}'):
     """Parse the JSON object of a sidecar or a manifest's line."""
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({first_line(error)})") from None
+        raise UserError(f"{where}: not JSON ({first_line(error)}). Write one object: {example}") from None
     if not isinstance(entry, dict):
-        raise UserError(f'{where}: must be an object, {{"caption": "...", "genre": "jazz"}}')
+        raise UserError(f"{where}: must be an object, {example}")
     if not isinstance(entry.get("attributes") or {}, dict):
         raise UserError(f'{where}: "attributes" must be an object, {{"genre": "jazz"}}')
     return entry

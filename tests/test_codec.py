@@ -106,7 +106,7 @@ def test_errors_name_the_codec_and_the_remedy(monkeypatch, published, tmp_path):
         load_codec("encodec_24khz")
     with pytest.raises(UserError, match="none.th: no such file. Download https:"):
         load_codec("encodec_24khz", tmp_path / "none.th")
-    with pytest.raises(UserError, match="not the weights of encodec_24khz .*. Pass https:"):
+    with pytest.raises(UserError, match="not the weights of encodec_24khz .*. Download https:.* --codec_weights=FILE"):
         load_codec("encodec_24khz", WEIGHTS)
     with pytest.raises(UserError, match="cannot be read as a tiny codec"):
         load_codec("tiny", published)

@@ -70,7 +70,7 @@ def test_each_message_of_a_gpu_without_free_memory_is_recognized(message, capsys
     with pytest.raises(SystemExit):
         common.run(main)
     first_line = message.splitlines()[0]
-    assert f"error: out of memory ({first_line}); lower the batch size" in capsys.readouterr().err
+    assert f"error: out of memory ({first_line}); use --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [RuntimeError("another"), ZeroDivisionError()])

@@ -181,8 +181,20 @@ def test_a_truncated_shard_is_refused(dataset_copy):
         TokenDataset(dataset_copy, "train")
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"format": 1, "codec": None}, "format 1, but this code reads 2"), ({"checksums": None}, "checksums must be"),
+    ({"codec": dict(K=4, card=512, frame_rate=50, id="tiny")}, "damaged"), ({"train": {"frames": 0}}, "above 0"),
+])  # fmt: skip
+def test_a_damaged_meta_json_is_refused(dataset_copy, change, message):
+    meta = json.loads((dataset_copy / "meta.json").read_text())
+    (dataset_copy / "meta.json").write_text(json.dumps(meta | change))
+    with pytest.raises(UserError, match=f"meta.json: .*{message}.*prepare the data again"):
+        TokenDataset(dataset_copy, "train")
+
+
 @pytest.mark.parametrize("change", [
-    {"captions": "loud"}, {"captions": []}, {"level": "x"}, {"clipped": None}, {"path": 5},
+    {"captions": "loud"}, {"captions": []}, {"level": "x"}, {"clipped": None}, {"path": 5}, {"frames": 350.0},
+    {"first": 0.0},
 ])  # fmt: skip
 def test_a_damaged_line_of_a_track_is_refused(dataset_copy, change):
     first, *others = (dataset_copy / "train_000.jsonl").read_text().splitlines()
@@ -195,7 +207,7 @@ def test_a_worker_survives_the_signals_that_end_a_run():
     """torchrun and SLURM send SIGTERM to all processes of a run, and the current step still needs its batch."""
     batches = iter(torch.utils.data.DataLoader(range(40), None, num_workers=1, worker_init_fn=ignore_signals))
     first = next(batches)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(batches._workers[0].pid, number)
     assert [first, *batches] == list(range(40))
 

@@ -36,10 +36,6 @@ def assert_refused(result, *parts):
         assert part in message, message
 
 
-def has_no_files(folder):
-    return not any(path.name != ".lock" for path in folder.glob("*"))
-
-
 # Programs
 
 
@@ -181,7 +177,7 @@ def test_out_of_memory_advice_lists_only_options_that_would_help(settings, optio
 def test_a_wrong_number_of_codebook_weights_is_refused(command, dataset, tmp_path):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'out'}", "--codebook_weights=1,2,3"]
     assert_refused(command(train, *args), "codebook_weights: 3 numbers, but the codec has 4 codebooks; pass 4")
-    assert has_no_files(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_that_do_not_fit_the_codec_are_refused(command, dataset, tmp_path):
@@ -193,10 +189,14 @@ def test_settings_that_do_not_fit_the_codec_are_refused(command, dataset, tmp_pa
         assert_refused(command(train, *args, f"--segment={segment}"), message)
     seconds = command(train, *args, "--style=True", "--style_seconds=0.001,0.002")
     assert_refused(seconds, "style_seconds: 0.002 s is shorter than one frame of the codec; use longer ones")
-    assert_refused(command(train, *args, "--clip_seconds=0.02"), "clip_seconds = 0.02: fewer than 2 frames of the")
+    assert_refused(
+        command(train, *args, "--clip_seconds=0.02"), "clip_seconds = 0.02, segment = 1: fewer than 2 frames of the"
+    )
+    short = ("--segment=0.02", "--pattern=parallel")  # clip_seconds = 0 means segment
+    assert_refused(command(train, *args, *short), "segment = 0.02: fewer than 2 frames")
     assert_refused(command(train, "config/demo.py", f"--data={tmp_path / 'mistyped'}"),
                    "mistyped: not a prepared data set")  # fmt: skip
-    assert has_no_files(tmp_path / "out") and not (tmp_path / "mistyped_audio").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "mistyped_audio").exists()
 
 
 def test_data_of_another_codec_are_refused(command, dataset_copy, tmp_path):
@@ -323,7 +323,7 @@ def test_weights_that_do_not_fit_are_refused(command, toy_run, dataset, tmp_path
         for program, more in ((train, [*args, f"--init_from={other}"]), (sample, [other, "bells"])):
             message = "does not fit the model; use the code and settings of its training"
             assert_refused(command(program, *more), "other.pt: blocks.", message)
-    assert has_no_files(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_is_not_a_checkpoint_is_refused(command, toy_run, dataset, tmp_path):

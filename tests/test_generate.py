@@ -113,7 +113,7 @@ def test_a_sample_never_depends_on_its_batch():
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_sample_never_depends_on_the_lengths_of_other_prompts(temperature):
+def test_within_the_trained_length_a_sample_never_depends_on_the_lengths_of_other_prompts(temperature):
     model, options = make_model(), dict(cfg=2.0, temperature=temperature)
     prompts, conditions, seeds = [torch.randint(0, 64, (4, T)) for T in (3, 12, 8)], [PIANO, ORGAN, {}], [3, 4, 5]
     together = generate(model, conditions, 15, prompts, seeds=seeds, **options)

@@ -632,7 +632,7 @@ def test_manifest_lines_without_text_use_sidecars(tmp_path):
     (music / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tracks = tracks_in(music / "m.jsonl")
     assert tracks["0.wav"]["caption"] == "plain tone 0" and tracks["0.wav"]["melody_from"] == str(music / "1.wav")
-    assert tracks["1.wav"]["caption"] == "" and tracks["1.wav"]["metadata"] == {"genre": "jazz"}
+    assert tracks["1.wav"]["caption"] == "plain tone 1" and tracks["1.wav"]["metadata"] == {"genre": "jazz"}
 
 
 @pytest.mark.parametrize("text", [b"[" * 200_000, b'{"bpm": ' + b"9" * 5000 + b"}"])

@@ -145,7 +145,7 @@ def test_a_run_of_train_py_is_measured_by_its_log(command, monkeypatch, ceilings
 
     monkeypatch.setattr(bench.subprocess, "run", run)
     status, output = command(bench, "--work", "run", "--train_frames", 20, "--repeats", 1, "--train_batch", 2)
-    assert status == 0 and "1,234 tokens/s  MFU 25.0%, 3.0 GiB, waits for data 50.0%" in output, output
+    assert status == 0 and "1,234 codes in the loss/s  MFU 25.0%, 3.0 GiB, waits for data 50.0%" in output, output
 
 
 def test_bad_input_is_refused(command):

@@ -352,7 +352,7 @@ def test_only_a_second_ctrl_c_ends_a_run_without_a_checkpoint(numbers, status, t
     assert ("interrupted" in output) == is_immediate == (not (tmp_path / "last.pt").exists())
 
 
-def test_a_run_that_ended_while_another_started_is_resumed(toy_run, tmp_path, train_toy, monkeypatch):
+def test_a_checkpoint_saved_while_another_run_starts_is_not_overwritten(toy_run, tmp_path, train_toy, monkeypatch):
     lock, out = common.lock, tmp_path / "out"
 
     def lock_after_the_other_run(folder):
@@ -360,7 +360,7 @@ def test_a_run_that_ended_while_another_started_is_resumed(toy_run, tmp_path, tr
         lock(folder)
 
     monkeypatch.setattr(common, "lock", lock_after_the_other_run)
-    assert f"resuming from {out}/last.pt at step 6" in train_toy(out)
+    assert f"{out}: another run has saved last.pt meanwhile; run the command again" in train_toy(out, status=2)
     assert (out / "last.pt").read_bytes() == (toy_run[0] / "last.pt").read_bytes()
 
 

@@ -237,7 +237,8 @@ def bench_run(args, device):
             line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
             on_gpu = f"MFU {line['mfu']:.1%}, {line['memory']:.1f} GiB, " if "mfu" in line else ""
             name = parallel if ranks > 1 else "one process"
-            print(f"  {name:22}{line['tokens_per_s']:12,} tokens/s  {on_gpu}waits for data {line['data_wait']:.1%};"
+            rate = f"{line['tokens_per_s']:12,} codes in the loss/s"
+            print(f"  {name:22}{rate}  {on_gpu}waits for data {line['data_wait']:.1%};"
                   f" the run took {seconds:.0f} s in total")  # fmt: skip
 
 
