@@ -199,7 +199,7 @@ def valid_batches(dataset, model, size, s, rank=0, world_size=1):
     Every rank gets the same number of batches, because FSDP needs that; a rank without segments gets 0 targets.
     """
     T = model.trained_frames
-    pattern = model.pattern(T, training=True, device="cpu")
+    pattern = model.make_pattern(T=T, training=True)
     places = dataset.cut_into_segments(T, s.valid_items)
     for first in range(0, len(places), size * world_size):
         share = places[first + rank * size :][:size]

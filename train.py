@@ -326,8 +326,8 @@ def end_of_epoch(state, codec, train_data, valid_data, unigram, checkpoint_info,
     if s.samples and is_due(step, s.generate_every, s):
         log.stage("generate", step, epoch, clips=metrics.write_samples(best, codec, valid_data, step, s))
     if rank() == 0 and step and s.keep_every and epoch % s.keep_every == 0:
-        shutil.copyfile(Path(s.out, "last.pt"), Path(s.out, "step.tmp"))
-        Path(s.out, "step.tmp").replace(Path(s.out, f"step_{step:06d}.pt"))
+        with open(Path(s.out, "last.pt"), "rb") as last:
+            common.write_file(Path(s.out, f"step_{step:06d}.pt"), functools.partial(shutil.copyfileobj, last))
     log.stage("commit", step, epoch)
     if rank() == 0:
         report.write_page(Path(s.out))

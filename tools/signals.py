@@ -1,11 +1,11 @@
 """Stop a run by signals, and survive the end of a program that reads its output."""
 
 import errno
-import os
 import signal
 import sys
 
 from common import drop_output
+from distributed import world_size
 
 
 def catch_signals():
@@ -18,7 +18,7 @@ def catch_signals():
         numbers.append(signal.SIGHUP)
 
     def request_stop(number, frame):
-        if number == signal.SIGINT and number in signals and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if number == signal.SIGINT and number in signals and world_size() == 1:
             raise KeyboardInterrupt  # the second Ctrl-C ends one process immediately; torchrun sends several itself
         signals.append(number)
 
