@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import itertools
 import sys
+import warnings
 
 import safetensors
 import torch
@@ -31,6 +32,8 @@ except (ImportError, OSError):
     # encodec imports torchaudio, but the code used here never calls it: an empty module is enough.
     placeholder = importlib.util.spec_from_loader("torchaudio", None)
     sys.modules["torchaudio"] = importlib.util.module_from_spec(placeholder)
+
+warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated", FutureWarning)  # encodec calls it
 
 from encodec import EncodecModel  # noqa: E402
 from encodec.modules import SEANetDecoder, SEANetEncoder  # noqa: E402

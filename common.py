@@ -108,6 +108,13 @@ def size_and_mtime(path):
         return None
 
 
+def find_beside(file, checkpoint):
+    """Return `file` or, if it no longer exists because the run was moved, its namesake next to the checkpoint."""
+    folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+    moved = folder / Path(file).name
+    return str(moved) if file and not Path(file).exists() and moved.exists() else file
+
+
 def drop_output(stream):
     """Redirect a stream to /dev/null, after its reader closed the pipe."""
     with open(os.devnull, "w") as null:
@@ -189,9 +196,14 @@ def save_checkpoint(path, kind, **state):
 
 
 def load_checkpoint(path, kinds=("last", "best")):
-    """Load what `save_checkpoint` wrote, memory-mapped. Raises UserError for a missing, broken or foreign file."""
+    """Load what `save_checkpoint` wrote, memory-mapped. `path`: the file, or a run's folder, which means its best.pt.
+
+    Raises UserError for a missing, broken or foreign file.
+    """
+    path = Path(path, "best.pt") if Path(path).is_dir() else path
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint; train one with: python train.py config/demo.py")
+        raise UserError(f"{path}: no such checkpoint; train one with: python train.py config/demo.py, or import one"
+                        " with: python -m tools.convert import")  # fmt: skip
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except PermissionError:

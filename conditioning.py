@@ -7,7 +7,7 @@
 
 The conditions of a sample are a dict, {"text": "slow piano"}. A missing condition, or None, becomes a learned null
 vector. So dropping a condition in training equals leaving it out at inference. The null starts at zero, because
-cross-attention to zero gives zero, as in MusicGen's unconditional path.
+cross-attention to zero gives zero, as in MusicGen's unconditional path. With T5 the null is always zero, as published.
 
 To add a condition, write an embedder like MelodyEmbedder and add it to Conditioner. Draw it in `draw_conditions` and
 `all_conditions`, read its value in `TokenDataset.collate` of data.py, add a setting that switches it on to config and
@@ -111,21 +111,73 @@ class TextEmbedder(nn.Module):
 
         None and "" have no tokens, which makes them null.
         """
-        tokens = [self.tokenizer.encode(text or "")[: self.max_tokens] for text in texts]
-        L = max([2, *map(len, tokens)])  # at least 2, because torch.compile would specialize on length 1
-        ids = torch.tensor([sample + [0] * (L - len(sample)) for sample in tokens])
-        mask = torch.arange(L) < torch.tensor([[len(sample)] for sample in tokens])
-        return ids, mask
+        return pad_tokens([self.encode(text or "")[: self.max_tokens] for text in texts])
+
+    def encode(self, text):
+        """Return all tokens of a text, a list of ids."""
+        return self.tokenizer.encode(text)
 
     def forward(self, ids, mask):
         """ids, mask [B, L] -> states [B, L, D] and their mask [B, L]. A null sample has one state, `null`."""
-        is_null = ~mask.any(1, keepdim=True)
-        mask = mask | (is_null & (torch.arange(ids.shape[1], device=ids.device) == 0))
+        is_null, mask = null_mask(mask)
         x = self.embed(ids) + self.positions.weight[: ids.shape[1]]
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=~mask)
         states = self.out(self.norm(x))
         return torch.where(is_null[..., None], self.null.to(states.dtype), states), mask
+
+
+class T5Embedder(nn.Module):
+    """Tokens of the published T5 -> states of its frozen encoder -> linear projection -> [B, L, D].
+
+    The encoder is shared by all copies of the model and part of none: see extras/t5.py. As in the published models, the
+    null is zero and not learned, and there is no projection if T5 has the width D.
+    tokenizer: the bytes of spiece.model or tokenizer.json.
+    """
+
+    def __init__(self, D, tokenizer, weights):
+        super().__init__()
+        from extras import t5
+        from extras.t5_tokenizer import load_tokenizer
+
+        self.encoder, self.max_tokens, self.end = t5.load_encoder(weights), t5.MAX_TOKENS, [t5.END]
+        self.encode_words, n_tokens = load_tokenizer(tokenizer)
+        if n_tokens > (n_rows := len(self.encoder.weights["shared.weight"])):
+            raise UserError(f"{weights}: T5 has {n_rows} tokens, but its tokenizer {n_tokens}; use its own tokenizer")
+        self.tokenizer_model = tokenizer  # bytes, for checkpoints
+        self.out = nn.Linear(self.encoder.dim, D) if self.encoder.dim != D else nn.Identity()
+        self.words = frozenset()  # unseen words are not reported, because T5 was trained on general text
+
+    def tokenize(self, texts):
+        """B strings or None -> ids int64 [B, L] and mask bool [B, L]. Longer texts are cut off before </s>.
+
+        None and "" become [1], the id of </s>, with a mask of False, which marks a null sample.
+        """
+        tokens = [self.encode(text or "") for text in texts]
+        ids, mask = pad_tokens([sample[:-1][: self.max_tokens - 1] + self.end for sample in tokens])
+        return ids, mask & torch.tensor([[sample != self.end] for sample in tokens])
+
+    def encode(self, text):
+        """Return all tokens of a text, a list of ids that ends with </s>."""
+        return [*self.encode_words(text), *self.end]
+
+    def forward(self, ids, mask):
+        """ids, mask [B, L] -> states [B, L, D] and their mask [B, L]. A null sample has one state, zero."""
+        is_null, mask = null_mask(mask)
+        return self.out(self.encoder(ids, mask)).masked_fill(is_null[..., None], 0), mask
+
+
+def pad_tokens(tokens):
+    """B lists of ids -> ids int64 [B, L], padded with 0, and mask bool [B, L], True for tokens."""
+    L = max([2, *map(len, tokens)])  # at least 2, because torch.compile would specialize on length 1
+    ids = torch.tensor([sample + [0] * (L - len(sample)) for sample in tokens])
+    return ids, torch.arange(L) < torch.tensor([[len(sample)] for sample in tokens])
+
+
+def null_mask(mask):
+    """mask [B, L] -> is_null, bool [B, 1], for samples without tokens, and the mask with their first state enabled."""
+    is_null = ~mask.any(1, keepdim=True)
+    return is_null, mask | (is_null & (torch.arange(mask.shape[1], device=mask.device) == 0))
 
 
 # -------------------------------------------------------------------------------------------------------- melody
@@ -197,7 +249,11 @@ class Conditioner(nn.Module):
 
     def __init__(self, s, codec_info, tokenizer):
         super().__init__()
-        self.text = TextEmbedder(s.dim, tokenizer, s.text_dim, s.text_heads, s.text_layers, s.text_max_tokens)
+        if s.text_encoder == "t5":
+            self.text = T5Embedder(s.dim, tokenizer, s.text_encoder_weights)
+        else:
+            self.text = TextEmbedder(s.dim, tokenizer, s.text_dim, s.text_heads, s.text_layers, s.text_max_tokens)
+        self.text_encoder_id = self.text.encoder.id if s.text_encoder == "t5" else None
         self.prepended = nn.ModuleDict()
         if s.melody:
             self.prepended["melody"] = MelodyEmbedder(s.dim, round(s.segment * CHROMA_RATE), codec_info["frame_rate"])

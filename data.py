@@ -69,6 +69,10 @@ class TokenDataset:
         captions = (caption for track in self.tracks for caption in captions_of(track))
         return words_of(metadata) | words_of(captions)
 
+    def track_hashes(self):
+        """Return the set of the hashes of the tracks' audio files, integers. Data sets of older versions have none."""
+        return {track["hash"] for track in self.tracks if "hash" in track}
+
     def padding_share(self, T):
         """Return the share of padding in items of T frames, caused by shorter tracks."""
         frames = np.array([track["frames"] for track in self.tracks])
@@ -194,7 +198,7 @@ def ignore_signals(worker):
 
 
 def valid_batches(dataset, model, size, s, rank=0, world_size=1):
-    """Yield this rank's share of the held-out segments in Batches of `size`, with all conditions.
+    """Yield this rank's share of the held-out segments, with all conditions: (Batch of `size`, the tracks' names).
 
     Every rank gets the same number of batches, because FSDP needs that; a rank without segments gets 0 targets.
     """
@@ -209,4 +213,5 @@ def valid_batches(dataset, model, size, s, rank=0, world_size=1):
         if not share:
             not_padding, in_loss = torch.zeros_like(not_padding), torch.zeros_like(in_loss)
         tensors = model.conditioner.tokenize(conditions)
-        yield Batch(codes, not_padding, in_loss, tensors, count_targets(in_loss, pattern))
+        names = [item.track["name"] for item in items]
+        yield Batch(codes, not_padding, in_loss, tensors, count_targets(in_loss, pattern)), names

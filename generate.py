@@ -30,14 +30,28 @@ from model import MusicLM, check_weights
 UNKNOWN = -1  # marks codes that are to be generated
 
 
-def load_model(path, device="cpu"):
-    """Load a checkpoint for use: return (MusicLM with the EMA weights in eval mode, its Settings, its codec's info)."""
+def load_model(path, device="cpu", text_encoder_weights=None):
+    """Load a checkpoint for use: return (MusicLM with the EMA weights in eval mode, its Settings, its codec's info).
+
+    path: the file, or a run's folder. text_encoder_weights: T5's file, if it is neither at the path that the checkpoint
+    names nor next to the checkpoint.
+    """
     saved = common.load_checkpoint(path)
     settings = config.from_checkpoint(saved["settings"], path)
+    settings.codec_weights = common.find_beside(settings.codec_weights, path)
+    t5_file = text_encoder_weights or common.find_beside(settings.text_encoder_weights, path)
+    settings.text_encoder_weights = t5_file
     with torch.device("meta"):  # initializing weights that are replaced anyway takes 30 s for small
         model = MusicLM(settings, saved["codec"], saved["tokenizer"])
+    if model.conditioner.text_encoder_id != saved.get("text_encoder"):
+        raise UserError(f"{path}: needs the text encoder {saved.get('text_encoder')}, but {t5_file} is"
+                        f" {model.conditioner.text_encoder_id}; pass its --text_encoder_weights")  # fmt: skip
     check_weights(model, saved["ema"], path)
-    model.load_state_dict(saved["ema"], assign=True)
+    weights = saved["ema"]
+    weights |= {
+        name: tensor.float() for name, tensor in weights.items() if tensor.dtype in (torch.half, torch.bfloat16)
+    }
+    model.load_state_dict(weights, assign=True)
     model.conditioner.text.words = frozenset(saved.get("words", ()))
     return model.eval().requires_grad_(False).to(device), settings, saved["codec"]
 

@@ -96,6 +96,16 @@ class Log:
         for line in self.history:
             print(in_words(line))
 
+    def restart(self, step):
+        """Start new files. The old files are renamed, for example metrics_until_000500.jsonl."""
+        if distributed.rank() == 0:
+            for name in ("metrics", "history"):
+                kept = self.out / f"{name}_until_{step:06d}.jsonl"
+                if not kept.exists():  # already renamed, if a previous resume was killed here
+                    (self.out / f"{name}.jsonl").replace(kept)
+                self.replace(name, [])
+        self.history, self.best_ce = [], math.inf
+
     def replace(self, name, lines):
         common.write_file(self.out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 

@@ -204,9 +204,10 @@ class MusicLM(nn.Module):
         """[B, S, D] -> [B, S, K, card]."""
         return self.heads(hidden).unflatten(-1, (self.K, self.card))
 
-    def forward(self, codes, not_padding, in_loss, condition_tensors):
-        """Return the sum of cross-entropies per codebook, in nats, float32 [K]. Sums of micro-batches can be added.
+    def forward(self, codes, not_padding, in_loss, condition_tensors, per_item=False):
+        """Return the sum of cross-entropies per codebook, in nats, float32 [K], or [B, K] if `per_item`.
 
+        Sums of micro-batches can be added.
         codes int64 [B, K, T]; not_padding bool [B, T]; in_loss bool [B, T], False on padding and style excerpts;
         condition_tensors: from `conditioner.tokenize`. The loss divides by `targets_per_codebook` of data.Batch.
         """
@@ -217,7 +218,7 @@ class MusicLM(nn.Module):
         target = sequence[:, :, 1:].masked_fill(~loss_mask, -100).transpose(1, 2)
         logits = self.logits(self.hidden(sequence[:, :, :-1], *self.conditioner(condition_tensors)))
         ce = F.cross_entropy(logits.flatten(0, 2).float(), target.flatten(), ignore_index=-100, reduction="none")
-        return ce.view(-1, self.K).sum(0)
+        return ce.view(len(codes), -1, self.K).sum(1) if per_item else ce.view(-1, self.K).sum(0)
 
     @torch.no_grad()
     def generate(self, conditions, T, cfg=3.0, temperature=1.0, top_k=250):
@@ -267,8 +268,8 @@ class MusicLM(nn.Module):
 def freeze(model, name_patterns):
     """Freeze the parameters whose names match a pattern such as 'blocks.*'. LoRA's matrices stay trainable."""
     parameters = dict(model.named_parameters())
-    for pattern in name_patterns:
-        if not fnmatch.filter(parameters, pattern):
+    for pattern in name_patterns:  # a module may have no parameters, such as the projection of a T5 of width D
+        if not fnmatch.filter([*parameters, *dict(model.named_modules())], pattern):
             raise UserError(f"freeze: no parameter matches '{pattern}'; names are {', '.join([*parameters][:3])} ...")
     for name, parameter in parameters.items():
         is_frozen = any(fnmatch.fnmatch(name, pattern) for pattern in name_patterns)
@@ -277,9 +278,13 @@ def freeze(model, name_patterns):
         raise UserError("freeze: no trainable parameter is left; freeze fewer")
 
 
-def check_weights(model, state, path):
-    """Raise UserError if a state dict does not fit the model by names and shapes. LoRA may be missing from it."""
+def check_weights(model, state, path, may_be_missing=(".lora_",)):
+    """Raise UserError if a state dict does not fit the model by names and shapes.
+
+    may_be_missing: parts of the names that the state dict may lack.
+    """
     expected, actual = ({name: tensor.shape for name, tensor in d.items()} for d in (model.state_dict(), state))
     for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name) and (".lora_" not in name or name in actual):
+        is_new = name not in actual and any(part in name for part in may_be_missing)
+        if expected.get(name) != actual.get(name) and not is_new:
             raise UserError(f"{path}: {name} does not fit the model; use the code and settings of its training")

@@ -43,9 +43,11 @@ from dataprep import shards
 from demo.corpus import prepare_demo
 from distributed import rank, world_size
 from extras import compiler
+from extras.t5 import load_encoder
 from log import Interval, Log, by_codebook, with_perplexity
 from model import MusicLM, check_weights, freeze
 from tools import estimate, report
+from tools.published import read_t5_tokenizer
 from tools.signals import catch_signals
 
 DIVERGED = 100  # nats; a uniform guess has ln(card), which is below 8
@@ -149,6 +151,7 @@ class Start(NamedTuple):
     signature: tuple | None  # size and mtime of last.pt
     resumes: bool
     changes: dict  # {setting: its change in words}
+    trained: set  # hashes of all tracks that the checkpoint was trained on
 
 
 def find_start(s, codec):
@@ -162,13 +165,22 @@ def find_start(s, codec):
     path = last if resumes else s.init_from
     checkpoint = common.load_checkpoint(path, ["last"] if resumes else ["best", "last"]) if path else None
     distributed.check_same_on_all_ranks(step_of_last_pt=resumes and checkpoint["step"])  # disks may differ
-    changes = config.check_same_model(checkpoint, s, codec.id, path, resumes) if checkpoint else {}
-    return Start(checkpoint, signature, resumes, changes)
+    if not checkpoint and s.lora_rank:
+        raise UserError(f"lora_rank = {s.lora_rank}: needs --init_from, the model to adapt, such as demo/demo.pt")
+    if not checkpoint:
+        return Start(None, signature, False, {}, set())
+    text_encoder = load_encoder(s.text_encoder_weights).id if s.text_encoder == "t5" else "own"
+    changes = config.check_same_model(checkpoint, s, dict(codec=codec.id, text_encoder=text_encoder), path, resumes)
+    trained = set(checkpoint["train_tracks"].tolist()) if "train_tracks" in checkpoint else set()
+    return Start(checkpoint, signature, resumes, changes, trained)
 
 
 def build_model(s, codec, start):
     """Build the model. Rank 0 of a new run initializes weights. Others are on "meta" and receive theirs later."""
-    tokenizer = shards.read_tokenizer(s.data)
+    if s.text_encoder == "t5":
+        tokenizer = start.checkpoint["tokenizer"] if start.checkpoint else read_t5_tokenizer(s.text_encoder_weights)
+    else:
+        tokenizer = shards.read_tokenizer(s.data)
     if start.checkpoint and start.checkpoint["tokenizer"] != tokenizer:
         print(f"using the tokenizer of the checkpoint, not the one in {s.data}")
         tokenizer = start.checkpoint["tokenizer"]
@@ -187,7 +199,8 @@ def build_model(s, codec, start):
         from extras.lora import merge_lora
 
         weights = merge_lora(start.checkpoint["ema"], start.checkpoint["settings"])
-        check_weights(model, weights, s.init_from)
+        added = [f"conditioner.prepended.{name}." for name in ("melody", "style") if name in start.changes]
+        check_weights(model, weights, s.init_from, may_be_missing=[".lora_", *added])
         if has_weights:
             model.load_state_dict(weights, strict=False)  # new LoRA matrices keep their initial values
     freeze(model, s.freeze)
@@ -234,7 +247,7 @@ def restore(state, start, s):
     print("; ".join([f"resuming from {s.out}/last.pt at step {state.step}", *start.changes.values()]))
 
 
-def start_run(s, state, codec, train_data, start):
+def start_run(s, state, codec, train_data, valid_data, start):
     """Lock OUT, write config.json and the code's diff, open the log: return (log, constant part of the checkpoints)."""
     if rank() == 0:
         Path(s.out).mkdir(parents=True, exist_ok=True)
@@ -245,15 +258,23 @@ def start_run(s, state, codec, train_data, start):
         code = common.git("rev-parse", "HEAD") + common.git("status", "--short") + common.git("diff", "HEAD")
         common.write_file(Path(s.out, f"code_{state.step:06d}.diff"), code.encode())
     saved = start.checkpoint or {}
-    words = sorted({*train_data.words(), *saved.get("words", ())}) if rank() == 0 else []  # only rank 0 saves
+    has_words = rank() == 0 and s.text_encoder == "own"  # only rank 0 saves; for T5, words are not reported
+    words = sorted({*train_data.words(), *saved.get("words", ())}) if has_words else []
     checkpoint_info = dict(settings=vars(s), codec=codec.info(), words=words, data=train_data.meta.get("checksums"),
-                           tokenizer=state.model.conditioner.text.tokenizer_model)  # fmt: skip
+                           text_encoder=state.model.conditioner.text_encoder_id,
+                           tokenizer=state.model.conditioner.text.tokenizer_model,
+                           train_tracks=torch.tensor(sorted(start.trained | train_data.track_hashes())))  # fmt: skip
     log = Log(s, state.step if start.resumes else -1)  # -1 drops an old log
     data_changed = start.resumes and saved.get("data") not in (None, checkpoint_info["data"])
     if data_changed:
         print(f"{s.data} has changed since {s.out}/last.pt, so results will differ from an uninterrupted run's")
-    if data_changed or start.changes.keys() & {"segment", "valid_items"}:
-        log.best_ce = math.inf  # validation losses on different music do not compare
+    if start.resumes and state.step < s.steps and (data_changed or start.changes.keys() & {"segment", "valid_items"}):
+        log.restart(state.step)  # validation losses on different music do not compare
+    if n_leaked := len((start.trained - train_data.track_hashes()) & valid_data.track_hashes()):
+        print(
+            f"{n_leaked} of {len(valid_data.tracks)} held-out tracks were trained on before, so the validation loss is"
+            " too low; prepare the data with the --valid_fraction of that training, or start from other weights"
+        )
     return log, checkpoint_info
 
 
@@ -261,7 +282,9 @@ def print_sizes(s, state, train_data, valid_data, dtype):
     """Print the sizes of model and data."""
     model, minutes = state.model, train_data.meta["train"]["frames"] / train_data.frame_rate / 60
     where = common.describe_device(state.device, dtype)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {world_size()} x {where}")
+    total = sum(p.numel() for p in model.parameters()) / 1e6
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    print(f"{total:.1f}M parameters, {trained:.1f}M of them trained, on {world_size()} x {where}")
     print(f"{s.data}: {len(train_data.tracks)} tracks, {minutes:.0f} minutes, {len(valid_data.tracks)} tracks held out")
     if (padding := train_data.padding_share(model.trained_frames)) > 0.01:
         print(f"{padding:.0%} of items is padding, because tracks are shorter than {s.segment:g} s; lower --segment")
@@ -281,17 +304,30 @@ def save_last(state, s, checkpoint_info):
 
 @torch.no_grad()
 def validate(model, batches, device, autocast):
-    """Return the cross-entropy per codebook of held-out batches: [K] with all conditions, [K] without."""
+    """Return (ce [K] with all conditions, ce [K] without, standard error of the gain or None, number of tracks).
+
+    The gain is the mean ce without conditions minus the mean ce with them. Its error is over the held-out tracks,
+    because the items of one track resemble one another.
+    """
     total = torch.zeros(3, model.K, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    for batch in batches:
+    names, gains, gain_by_track = [], [], {}  # gains in nats, and frames, of each item
+    for batch, tracks in batches:
         null_tensors = to_device(model.conditioner.tokenize([{}] * len(batch.codes)), device)
         codes, not_padding, in_loss, condition_tensors, targets = batch.to(device)
         with autocast():
-            ce_sum = model(codes, not_padding, in_loss, condition_tensors)
-            null_ce_sum = model(codes, not_padding, in_loss, null_tensors)
-        total += torch.stack([ce_sum, null_ce_sum, targets])
-    ce_sum, null_ce_sum, targets = distributed.sum_over_ranks(total)
-    return (ce_sum / targets).tolist(), (null_ce_sum / targets).tolist()
+            ce = model(codes, not_padding, in_loss, condition_tensors, per_item=True)
+            null_ce = model(codes, not_padding, in_loss, null_tensors, per_item=True)
+        total += torch.stack([ce.sum(0), null_ce.sum(0), targets])
+        names += tracks
+        gains.append(torch.stack([(null_ce - ce).sum(1), in_loss.sum(1)], 1))
+    ce_sum, null_ce_sum, targets = np.array(distributed.sum_over_ranks(total).tolist())
+    for name, (gain, frames) in sum(distributed.gather([*zip(names, torch.cat(gains).tolist())]), []):
+        if frames:  # a rank without segments has an item of 0 frames
+            gain_by_track[name] = np.add(gain_by_track.get(name, 0), (gain, frames))
+    gains, frames = np.transpose([*gain_by_track.values()])
+    n, residuals = len(gains), gains - frames * gains.sum() / frames.sum()  # of a ratio: lengths differ
+    gain_se = math.sqrt(n / (n - 1) * np.square(residuals).sum()) / targets.sum() if n > 1 else None
+    return (ce_sum / targets).tolist(), (null_ce_sum / targets).tolist(), gain_se, n
 
 
 def is_due(step, every, s):
@@ -311,9 +347,10 @@ def end_of_epoch(state, codec, train_data, valid_data, unigram, checkpoint_info,
         log.stage("train", step, epoch, **with_perplexity(by_codebook("ce", mean_ce_q)))
     batch_size = s.micro_batch or s.batch_size // world_size()
     held_out = data.valid_batches(valid_data, state.ema, batch_size, s, rank(), world_size())
-    ce_q, null_ce_q = validate(state.ema, held_out, state.device, state.autocast)
+    ce_q, null_ce_q, gain_se, n_tracks = validate(state.ema, held_out, state.device, state.autocast)
     valid = with_perplexity(by_codebook("ce", ce_q))
-    log.stage("valid", step, epoch, **valid, **unigram, gain=float(np.mean(null_ce_q)) - valid["ce"])
+    gain = float(np.mean(null_ce_q)) - valid["ce"]
+    log.stage("valid", step, epoch, **valid, **unigram, gain=gain, gain_se=gain_se, tracks=n_tracks)
     if not valid["ce"] < DIVERGED:
         raise UserError(f"step {step}: valid ce {valid['ce']:g}, it diverged; start again with a lower --lr")
     if step > 0 and valid["ce"] < log.best_ce:
@@ -385,7 +422,7 @@ def main():
     state = make_state(model, net, ema, s, device, dtype)
     if start.resumes:
         restore(state, start, s)
-    log, checkpoint_info = start_run(s, state, codec, train_data, start)
+    log, checkpoint_info = start_run(s, state, codec, train_data, valid_data, start)
     print_sizes(s, state, train_data, valid_data, dtype)
     del start  # unmap the old checkpoint, so that its disk space is freed when it is replaced
     signals = catch_signals()  # before the loader's worker starts, and before the bar, which keeps sys.stdout

@@ -9,14 +9,15 @@ On the command line, `--key=value` or `--key value` overrides it:
 import ast
 import difflib
 import inspect
+import math
 import re
 import runpy
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from common import UserError
-from distributed import world_size
+from common import UserError, find_beside, load_checkpoint
+from distributed import rank, world_size
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Settings:
     # Run
     out: str = "out/run"  # folder for checkpoints, logs and samples
     resume: bool = True  # continue from OUT/last.pt if it exists; False: an error if OUT holds a run
-    init_from: str = ""  # checkpoint whose weights a new run starts from: another run's, or an imported one
+    init_from: str = ""  # run or checkpoint whose weights, sizes and conditions a new run starts from
     seed: int = 0  # seed of the weights, the batches and the dropout
     device: str = "auto"  # cuda, mps or cpu; auto: the accelerator if there is one
     dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 if the hardware supports it
@@ -51,6 +52,8 @@ class Settings:
     pattern: str = "delay"  # order of the codebooks: delay, parallel or unrolled
     delays: tuple = ()  # delay pattern: delay of each codebook in frames; empty: 0,1,2,..., in stereo 0,0,1,1,...
     # Conditions
+    text_encoder: str = "own"  # own: trained with the model; t5: a frozen T5, as in the published models
+    text_encoder_weights: str = ""  # t5: safetensors file of its weights, with spiece.model next to it
     text_dim: int = 128  # width of the text embedder
     text_heads: int = 4  # attention heads of the text embedder
     text_layers: int = 2  # blocks of the text embedder
@@ -88,7 +91,7 @@ class Settings:
     ema_decay: float = 0.99  # decay of the EMA of the weights per update; validation and generation use it; 0: none
     ema_every: int = 1  # steps between updates of the EMA; at most one epoch
     # Epochs and logs
-    epoch: int = 500  # steps in an epoch; each epoch ends with a checkpoint and a validation
+    epoch: int = 0  # steps in an epoch, which ends with a checkpoint and a validation; 0: 20 % of the run
     keep_every: int = 0  # epochs between checkpoints that are kept, as step_NNNNNN.pt; 0: keep none
     valid_items: int = 256  # held-out items in a validation; 0: all
     generate_every: int = 1  # epochs between sets of samples; 0: only at the end
@@ -105,27 +108,34 @@ class Settings:
     top_k: int = 250  # sample from this many of the likeliest codes; 0: from all
     top_p: float = 0.0  # sample from the likeliest codes with this total probability, instead of top_k; 0: off
 
+    def __post_init__(self):
+        self.epoch = self.epoch or max(1, math.ceil(self.steps / 5))
+
 
 FIELDS = {field.name: field for field in fields(Settings)}
 MODEL_SETTINGS = (  # must equal those of the checkpoint that a run starts from
-    "codec dim heads layers positions pattern delays text_dim text_heads text_layers text_max_tokens melody style"
-    " style_dim style_heads style_layers style_codebooks style_bins style_seconds"
+    "codec dim heads layers positions pattern delays text_encoder text_dim text_heads text_layers text_max_tokens"
+    " melody style style_dim style_heads style_layers style_codebooks style_bins style_seconds"
 ).split()
+WEIGHT_FILES = ("codec_weights", "text_encoder_weights")
+# taken from the checkpoint too, unless a config file or the command line sets them
+OTHER_INHERITED = "segment clip_seconds cfg cfg_beta temperature top_k top_p".split()
 LORA_SETTINGS = "lora_rank lora_targets".split()  # must be equal too if a run resumes
 CHOICES = {
     "positions": ("sinusoidal", "rope"),
+    "text_encoder": ("own", "t5"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "compile": ("auto", "always", "never"),
     "parallel": ("ddp", "fsdp"),
     "logger": ("", "tensorboard", "wandb"),
 }
 NOT_NEGATIVE = (
-    "seed demo_clips short_every micro_batch min_lr warmup weight_decay clip valid_items keep_every generate_every"
-    " samples evaluate_every clip_seconds evaluate_clips temperature top_k lora_rank"
+    "seed demo_clips epoch short_every micro_batch min_lr warmup weight_decay clip valid_items keep_every"
+    " generate_every samples evaluate_every clip_seconds evaluate_clips temperature top_k lora_rank"
 )
 POSITIVE = (
     "segment batch_size dim heads layers text_dim text_heads text_layers text_max_tokens style_dim style_heads"
-    " style_layers style_codebooks style_bins steps lr ema_every epoch log_every timeout"
+    " style_layers style_codebooks style_bins steps lr ema_every log_every timeout"
 )
 PROBABILITIES = (
     "cfg_dropout text_dropout melody_dropout style_dropout merge_text_p word_dropout beta1 beta2 ema_decay top_p"
@@ -250,23 +260,60 @@ def load(argv, usage, processes=None):
         typed.add(key)
     if "data" in typed and "demo_clips" not in typed:
         values["demo_clips"] = 0  # a misspelt --data must not be filled with the demo's corpus
+    last = Path(values.get("out", Settings.out), "last.pt")
+    resumed = vars(from_checkpoint(load_checkpoint(last)["settings"], last)) if last.exists() else {}
+    if values.get("init_from"):
+        values = inherit(values, typed, resumed, last)
     s = Settings(**values)
+    if "epoch" not in typed and ("steps" in typed or "epoch" not in values):  # the file's epoch may exceed a short run
+        s.epoch = resumed.get("epoch") or min(s.epoch, math.ceil(s.steps / 5))
     check(s, processes or world_size())
     return s
 
 
-def check_same_model(checkpoint, s, codec_id, path, resumes):
+def inherit(values, typed, resumed, last):
+    """Replace the model's settings in `values` by those of --init_from or, if the run resumes, of OUT/last.pt.
+
+    typed: the names of the settings on the command line, which take precedence. resumed: the settings of `last`, or {}.
+    Raises UserError if the run to resume started from another model.
+    """
+    sources = [Path(path).parent if Path(path).name == "best.pt" else Path(path)
+               for path in (values["init_from"], resumed.get("init_from", values["init_from"]))]  # fmt: skip
+    if sources[0] != sources[1]:
+        raise UserError(f"{last}: this run started from '{resumed['init_from']}', not '{values['init_from']}'; choose"
+                        " another --out")  # fmt: skip
+    path = str(last) if resumed else values["init_from"]
+    saved = resumed or vars(from_checkpoint(load_checkpoint(path)["settings"], path))
+    kept = {*typed, *(values.keys() & OTHER_INHERITED), *(("codec_weights",) if "codec" in typed else ())}
+    inherited = {key: saved[key] for key in (*MODEL_SETTINGS, *OTHER_INHERITED) if key not in kept}
+    for key in {*WEIGHT_FILES} - kept:  # if they were moved, next to either checkpoint
+        inherited[key] = find_beside(find_beside(saved[key], path), values["init_from"])
+    replaced = [f"{key} = {inherited[key]!r} (config file: {values[key]!r})" for key in inherited.keys() & values.keys()
+                if inherited[key] != values[key]]  # fmt: skip
+    if replaced and rank() == 0:
+        print(f"using the settings of {path}: {', '.join(sorted(replaced))}")
+    return values | inherited
+
+
+def check_same_model(checkpoint, s, ids, path, resumes):
     """Raise UserError if a checkpoint is of another model than `s`; return the other changes, {setting: in words}.
 
-    resumes: whether the run continues, so that LoRA must be equal too.
+    ids: {"codec": id, "text_encoder": T5's id, or "own"}. resumes: whether the run continues, so that LoRA must be
+    equal too. A new run may add a melody or a style to the model.
     """
-    from_checkpoint(checkpoint["settings"], path)
-    before, now = {**checkpoint["settings"], "codec": checkpoint["codec"]["id"]}, {**vars(s), "codec": codec_id}
+    before, now = vars(from_checkpoint(checkpoint["settings"], path)), vars(s) | ids
+    before |= dict(codec=checkpoint["codec"]["id"], text_encoder=checkpoint.get("text_encoder") or "own")
     changes = {key: f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]}
     fixed = MODEL_SETTINGS + LORA_SETTINGS if resumes else MODEL_SETTINGS
-    different = [changes[key] for key in changes if key in fixed and (s.style or not key.startswith("style_"))]
+    unused = [key for key in fixed if key.startswith("style_") and not s.style]
+    unused += [key for key in fixed if key.startswith("text_") and key != "text_encoder" and s.text_encoder != "own"]
+    added = [] if resumes else [key for key in ("melody", "style") if getattr(s, key) and not before.get(key)]
+    added += [key for key in fixed if key.startswith("style_") and "style" in added]
+    different = [changes[key] for key in changes if key in fixed and key not in (*unused, *added)]
     if different:
-        raise UserError(f"{path}: a different model ({', '.join(different)}); use its settings, or another"
+        files = " and ".join(f"--{key}_weights" for key in ids if before[key] != now[key])
+        raise UserError(f"{path}: a different model ({', '.join(different)}); use the settings of the checkpoint"
+                        f"{files and ', with matching ' + files}, or choose another"
                         f" {'--out' if resumes else '--init_from'}")  # fmt: skip
     return changes
 

@@ -1,24 +1,19 @@
-r"""Fine-tune MusicGen small's published weights on your captions.
+"""Fine-tune all weights of a published MusicGen, of demo/demo.pt, or of another run, on your music.
 
-    python prepare.py MUSIC --out data/music --codec musicgen_32khz --codec_weights CODEC
-    python train.py config/finetune.py --codec_weights=CODEC --init_from=out/imported/best.pt
-    python train.py config/finetune.py --codec_weights=CODEC --init_from=out/finetune/best.pt --freeze= --lr=1e-5 \
-        --out=out/finetuned
+    python -m tools.convert import hf:facebook/musicgen-small out/musicgen-small
+    python prepare.py MUSIC --out data/mine --model out/musicgen-small
+    python train.py config/finetune.py --data=data/mine --init_from=out/musicgen-small
 
-The first run trains only the text embedder, which replaces T5 and starts untrained. The second run trains all weights.
+Sizes, codec, positions, conditions, segment and sampling settings are those of --init_from. docs/finetune.md compares
+this with config/lora.py, on the demo's model.
 """
 
-from config.small import *
-
 out = "out/finetune"
-codec = "musicgen_32khz"
-freeze = ("embed*", "blocks.*", "norm.*", "heads*")
-batch_size = 16
-micro_batch = 4
-steps = 5000
-lr = 3e-4
-warmup = 200
-epoch = 500
-ema_every = 1
-generate_every = 1
-valid_items = 256
+data = "data/mine"
+init_from = "out/musicgen-small"
+batch_size = 4
+micro_batch = 1
+steps = 1000
+lr = 3e-5
+warmup = 50
+merge_text_p = 0.25

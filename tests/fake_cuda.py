@@ -274,7 +274,8 @@ def validation(**settings):
     s, model, batch, _ = make(**settings)
     with fake_cuda() as watch:
         autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16)
-        train.validate(on_gpu(model).eval(), [batch, batch], torch.device("cuda"), autocast)
+        batches = [(batch, ["a"] * len(batch.codes)), (batch, ["b"] * len(batch.codes))]
+        train.validate(on_gpu(model).eval(), batches, torch.device("cuda"), autocast)
     return watch.counts()
 
 

@@ -3,6 +3,7 @@
 import collections
 import json
 import pickle
+import shutil
 import sys
 import types
 
@@ -24,7 +25,8 @@ from extras.lora import merge_lora
 from generate import generate, load_model
 from model import MusicLM
 from tools import convert
-from tools.convert import export_lm, import_weights
+from tools import published as publish
+from tools.export import export_model
 
 TOY_LM = dict(dim=32, heads=4, layers=3, segment=0.4)
 
@@ -62,6 +64,11 @@ def folder(published, tmp_path):
     return tmp_path
 
 
+def import_weights(path, model):
+    """Read a published language model's decoder as a state dict for `model`."""
+    return convert.import_weights(path, model, publish.read_lm(path)[:3])
+
+
 def make_model(**settings):
     codec = dict(K=4, card=40, frame_rate=50, dim=8)
     return MusicLM(Settings(**{**TOY_LM, **settings}), codec, prepare.train_tokenizer([], 300)).eval()
@@ -96,10 +103,10 @@ def test_checkpoints_of_other_trainers_are_read(published, tmp_path, name, make_
     state = published["musicgen_lm"]["audiocraft"]
     torch.save(make_checkpoint(state | {"condition_provider.x.weight": torch.zeros(2)}), tmp_path / name)
     path = tmp_path if name == "checkpoint.th" else tmp_path / name
-    layout, weights, sizes = convert.read_lm(path)
+    layout, weights, sizes, _ = publish.read_lm(path)
     sizes["heads"] = 4  # without settings the default is a width of 64
     model = make_model()
-    model.load_state_dict(import_weights(path, model, (layout, weights, sizes)), strict=False)
+    model.load_state_dict(convert.import_weights(path, model, (layout, weights, sizes)), strict=False)
     assert torch.equal(model.norm.weight, state["out_norm.weight"])
 
 
@@ -107,15 +114,7 @@ def test_peft_adapter_is_refused(tmp_path):
     state = {"base_model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 2)}
     safetensors.torch.save_file(state, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="adapter_model.safetensors: a PEFT adapter; pass the model that"):
-        convert.read_lm(tmp_path)
-
-
-def test_null_effect_is_zero_before_training_and_keeps_the_null():
-    model = make_model()
-    assert convert.null_effect(model) == 0
-    with torch.no_grad():
-        model.conditioner.text.null.fill_(0.5)
-    assert convert.null_effect(model) > 1e-4 and (model.conditioner.text.null == 0.5).all()
+        publish.read_lm(tmp_path)
 
 
 def test_fine_tuning_starts_at_the_loss_of_the_published_model(folder, published):
@@ -137,7 +136,7 @@ def test_fine_tuning_starts_at_the_loss_of_the_published_model(folder, published
 def test_import_then_export_changes_no_bit(folder, published, layout):
     model = make_model()
     model.load_state_dict(import_weights(folder / layout, model), strict=False)
-    path = export_lm(model, Settings(**TOY_LM), folder / "out", layout)
+    path = export_model(model, Settings(**TOY_LM), folder / "out", layout)
     expected = published["musicgen_lm"]["huggingface" if layout == "hf" else "audiocraft"]
     if layout == "hf":
         exported = safetensors.torch.load_file(path)
@@ -151,30 +150,33 @@ def test_import_then_export_changes_no_bit(folder, published, layout):
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
 
 
-def test_imported_model_generates_without_training(folder, published, tmp_path, command):
-    half = {name: tensor.half() for name, tensor in published["musicgen_lm"]["huggingface"].items()}
-    for k in range(4):  # with the codebook size of the toy codec
-        half[f"model.decoder.embed_tokens.{k}.weight"] = torch.randn(65, 32).half()
-        half[f"lm_heads.{k}.weight"] = torch.randn(64, 32).half()
-    safetensors.torch.save_file(half, folder / "hf" / "model.safetensors")
-    codec, out = tmp_path / "codec.safetensors", tmp_path / "imported"
-    status, output = command(convert, "codec", folder / "hf_joint", codec)
-    assert status == 0 and f"--codec=musicgen_32khz --codec_weights={codec}" in output, output
-    settings = ("config/finetune.py", f"--out={out}", f"--codec_weights={codec}", f"--data={tmp_path}")
-    status, output = command(convert, "import", folder / "hf", *settings)
+def melody_model(folder, published):
+    """Write a published model without cross-attention, as musicgen-melody is, with a codec of its card."""
+    state = {name: tensor for name, tensor in published["musicgen_lm"]["audiocraft"].items() if "cross" not in name}
+    for k in range(4):
+        state |= {f"emb.{k}.weight": torch.randn(65, 32).half(), f"linears.{k}.weight": torch.randn(64, 32).half()}
+    state["condition_provider.conditioners.self_wav.output_proj.weight"] = torch.zeros(32, 12)
+    (folder / "melody").mkdir()
+    torch.save({"best_state": state, "xp.cfg": "num_heads: 4"}, folder / "melody" / "state_dict.bin")
+    shutil.copy(folder / "audiocraft" / "compression_state_dict.bin", folder / "melody")
+    return folder / "melody"
+
+
+def test_melody_model_is_imported_without_text_and_generates(folder, published, tmp_path, command):
+    out, source = tmp_path / "imported", melody_model(folder, published)
+    status, output = command(convert, "import", source, out, "--segment=1")
     assert status == 0 and "ignores captions until it is trained" in output, output
+    assert "ignored" in output and "self_wav" in output, "what is ignored is printed"
     soundfile.write(tmp_path / "prompt.wav", np.sin(np.arange(16_000) / 9) / 3, 32_000)
     options = {"unconditional": (), "continued": ("--continue", tmp_path / "prompt.wav"), "text": ("bells",)}
     for name, words in options.items():
-        status, output = command(sample, out / "best.pt", *words, "--duration", 1, "--out", tmp_path / f"{name}.wav")
+        status, output = command(sample, out, *words, "--duration", 1, "--out", tmp_path / f"{name}.wav")
         assert status == 0 and soundfile.info(tmp_path / f"{name}.wav").samplerate == 32_000, output
-    model = load_model(out / "best.pt")[0]
+    model = load_model(out)[0]
     without, with_text = (generate(model, [conditions], 20, seeds=[1]) for conditions in ({}, {"text": "bells"}))
     assert torch.equal(without, with_text) and without.unique().numel() > 10
-    status, output = command(convert, "import", folder / "hf", *settings)
-    assert status == 2 and f"{out}: holds a run; choose another --out" in output
-    status, output = command(convert, "import", folder / "audiocraft", *settings, f"--out={tmp_path / 'other'}")
-    assert status == 2 and "has K 4, card 40, but musicgen_32khz has K 4, card 64" in output
+    status, output = command(convert, "import", source, out)
+    assert status == 2 and f"{out}: exists already; choose another folder" in output
 
 
 def test_melody_model_gets_cross_attention_that_adds_nothing(folder, published):
@@ -192,18 +194,19 @@ def test_only_weights_and_settings_are_downloaded_from_the_hub(folder, monkeypat
     hub.snapshot_download = lambda name, allow_patterns: requests.append((name, allow_patterns)) or str(folder / "hf")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     import_weights("hf:facebook/musicgen-small", make_model())
-    patterns = (["state_dict.bin", "config.json"], ["model*.safetensors", "config.json"])
-    assert requests == [("facebook/musicgen-small", pattern) for pattern in patterns]
+    (name, patterns), *others = requests
+    assert name == "facebook/musicgen-small" and not others
+    assert patterns == ["model*.safetensors", "config.json", "spiece.model", "tokenizer.json"]
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="hf:a/b: cannot be downloaded .*; pip install huggingface_hub, or download it"):
-        convert.read_lm("hf:a/b")
+        publish.read_lm("hf:a/b")
 
 
 def test_stereo_model_is_exported_and_imported(tmp_path):
     codec = dict(K=8, card=40, frame_rate=50, dim=8, channels=2)
     model = MusicLM(Settings(**TOY_LM), codec, prepare.train_tokenizer([], 300))
     assert model.delays == (0, 0, 1, 1, 2, 2, 3, 3) and model.pattern(20).S == 24
-    export_lm(model, Settings(**TOY_LM), tmp_path, "hf")
+    export_model(model, Settings(**TOY_LM), tmp_path, "hf")
     assert json.loads((tmp_path / "config.json").read_text())["audio_channels"] == 2
     imported = import_weights(tmp_path, model)
     assert all(torch.equal(imported[name], model.state_dict()[name]) for name in ("embed.weight", "heads.weight"))
@@ -218,7 +221,7 @@ def test_models_that_other_programs_cannot_run_are_not_exported(tmp_path):
         (make_model(pattern="parallel"), "audiocraft", "pattern = 'parallel': cannot be exported"),
     ):
         with pytest.raises(UserError, match=message):
-            export_lm(model, Settings(**TOY_LM), tmp_path / "out", layout)
+            export_model(model, Settings(**TOY_LM), tmp_path / "out", layout)
     assert not (tmp_path / "out").exists()
 
 
@@ -248,10 +251,10 @@ def test_unusable_weights_are_refused_with_the_reason(folder, published, tmp_pat
     (tmp_path / "noise.bin").write_bytes(b"noise")
     assert "cannot be read (truncated, or not weights); pass safetensors" in message(tmp_path / "noise.bin")
     torch.save({"pretrained": "facebook/x"}, tmp_path / "name.bin")
-    assert "only the name facebook/x; pass the weights, such as hf:facebook/x" in message(tmp_path / "name.bin")
+    assert "a reference to facebook/x, without weights; pass hf:facebook/x" in message(tmp_path / "name.bin")
     torch.save({"best_state": {"a": torch.zeros(1)}}, tmp_path / "other.bin")
     assert "its tensors are a; if the model has several files, pass their folder" in message(tmp_path / "other.bin")
-    assert "no such file, and no folder with state_dict.bin or model*.safetensors" in message(tmp_path / "nowhere")
+    assert "no such file, and no folder with model*.safetensors or" in message(tmp_path / "nowhere")
 
 
 class Bomb:
@@ -278,7 +281,7 @@ def test_pickles_run_no_code_and_omegaconf_settings_are_read(published, tmp_path
             "resolvers": collections.defaultdict(dict, a={}),
         }
         torch.save({"best_state": state, "xp.cfg": config}, tmp_path / "old.bin", pickle_module=pickle)
-    assert len(import_weights(tmp_path / "old.bin", make_model())) == 45
+    assert len(import_weights(tmp_path / "old.bin", make_model())) == 43
 
 
 def convert_and_load(path):
@@ -313,7 +316,7 @@ def test_write_error_names_the_file_and_leaves_nothing(folder, tmp_path):
 def test_unusable_codecs_are_refused_with_the_reason(folder, published, tmp_path):
     def message(path):
         with pytest.raises(UserError) as error:
-            convert.read_codec(path)
+            publish.read_codec(path)
         return str(error.value)
 
     for weights in ("", folder / "audiocraft" / "compression_state_dict.bin"):
@@ -351,34 +354,18 @@ def test_stereo_from_preparation_to_samples(corpus, tmp_path, command):
     assert status == 2 and "was prepared with codec tiny-stereo-K8-" in output
 
 
-@pytest.fixture(scope="module")
-def exported(toy_run, tmp_path_factory):
-    """The toy run's decoder in Hugging Face's layout."""
-    folder = tmp_path_factory.mktemp("exported")
-    model, settings, _ = load_model(toy_run[0] / "best.pt")
-    export_lm(model, settings, folder, "hf")
-    return folder
-
-
-def test_fine_tuning_an_imported_model(toy_run, exported, dataset, tmp_path, command):
-    toy, out, imported = toy_run[0] / "best.pt", tmp_path / "out", tmp_path / "imported"
-    status, output = command(convert, "export", toy, toy_run[0])
-    assert status == 2 and f"{toy_run[0] / 'config.json'}: exists already; choose another folder" in output
-    status, output = command(convert, "export", toy, "--format", "audiocraft", tmp_path / "other")
-    assert status == 0 and "without the embedders that other programs do not support: text" in output
+def test_fine_tuning_trains_what_is_not_frozen(toy_run, dataset, tmp_path, command):
+    toy, out = toy_run[0] / "best.pt", tmp_path / "out"
     args = [*TOY, f"--data={dataset}", "--lr=1e-3", "--samples=0"]
-    status, output = command(convert, "import", exported, *args, f"--out={imported}", "--dim=64")
-    assert status == 0 and f"with the tokenizer of {dataset}" in output, output
-    assert load_model(imported / "best.pt")[1].dim == 32, "sizes come from the weights"
-    start = [*args, f"--init_from={imported / 'best.pt'}"]
+    start = [*args, f"--init_from={toy}"]
     status, output = command(train, *start, f"--out={out}", "--freeze=embed*,blocks.*,heads*,norm*")
     assert status == 0, output
     base, tuned = load(toy)["ema"], load(out / "last.pt")["model"]
     unchanged = {name for name in base if torch.equal(base[name], tuned[name])}
     assert unchanged == {name for name in base if not name.startswith("conditioner.")}
-    imported = import_weights(tmp_path / "other", load_model(toy)[0])
-    assert all(torch.equal(imported[name], base[name]) for name in unchanged)
-    assert command(train, *args, f"--out={tmp_path / 'all'}", f"--init_from={out / 'best.pt'}")[0] == 0
+    trained = sum(tensor.numel() for name, tensor in base.items() if name not in unchanged) / 1e6
+    assert f"{trained:.1f}M of them trained" in output
+    assert command(train, *args, f"--out={tmp_path / 'all'}", f"--init_from={out}")[0] == 0, "a folder: its best.pt"
     for change, message in ((["--freeze=*"], "no trainable parameter is left"), (["--freeze=1"], "must be names"),
                          (["--freeze=block.*"], "freeze: no parameter matches 'block.*'"),
                          (["--dim=64"], "dim was 32, is 64"), (["--layers=3"], "layers was 2, is 3")):  # fmt: skip
@@ -407,5 +394,5 @@ def test_lora_trains_only_its_matrices_and_merges(toy_run, dataset, tmp_path, co
     torch.testing.assert_close(*logits, equal_nan=True)
     more = [*TOY, f"--data={dataset}", f"--out={tmp_path / 'more'}", f"--init_from={out / 'best.pt'}", "--samples=0"]
     assert command(train, *more)[0] == 0, "a run without LoRA starts from the merged weights"
-    status, output = command(train, *args[:-3], f"--out={tmp_path / 'x'}", "--lora_targets=query")
+    status, output = command(train, *args, f"--out={tmp_path / 'x'}", "--lora_targets=query")
     assert status == 2 and "a block has no 'query'; choose from qkv, attn_out" in output

@@ -133,7 +133,8 @@ def test_the_melody_of_an_item_is_that_of_its_audio(train_data):
 def test_validation_covers_each_held_out_frame_once_on_any_number_of_ranks(valid_data):
     model, frames = make_stub(100), sum(track["frames"] for track in valid_data.tracks)
     for world_size in (1, 2, 5):
-        by_rank = [list(data.valid_batches(valid_data, model, 3, settings(valid_items=0), rank, world_size))
+        s = settings(valid_items=0)
+        by_rank = [[batch for batch, _ in data.valid_batches(valid_data, model, 3, s, rank, world_size)]
                    for rank in range(world_size)]  # fmt: skip
         batches = sum(by_rank, [])
         assert sum(int(batch.not_padding.sum()) for batch in batches) == frames
@@ -141,7 +142,7 @@ def test_validation_covers_each_held_out_frame_once_on_any_number_of_ranks(valid
         for batch in batches:
             targets = count_targets(batch.in_loss, model.make_pattern(T=100, training=True))
             assert torch.equal(batch.targets_per_codebook, targets)
-    assert sum(len(batch.codes) for batch in data.valid_batches(valid_data, model, 3, settings(valid_items=4))) == 4
+    assert sum(len(batch.codes) for batch, _ in data.valid_batches(valid_data, model, 3, settings(valid_items=4))) == 4
 
 
 def test_unigram_ce_is_the_cross_entropy_of_the_training_histogram(dataset, train_data, valid_data):
@@ -184,6 +185,7 @@ def test_a_truncated_shard_is_refused(dataset_copy):
 @pytest.mark.parametrize("change, message", [
     ({"format": 1, "codec": None}, "format 1, but this code reads 2"), ({"checksums": None}, "checksums must be"),
     ({"codec": dict(K=4, card=512, frame_rate=50, id="tiny")}, "damaged"), ({"train": {"frames": 0}}, "above 0"),
+    ({"reconstruction": 3}, "not iterable"), ({"reconstruction": [["a.wav", 2.0, "x"]]}, "reconstruction must be"),
 ])  # fmt: skip
 def test_a_damaged_meta_json_is_refused(dataset_copy, change, message):
     meta = json.loads((dataset_copy / "meta.json").read_text())

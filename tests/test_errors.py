@@ -165,7 +165,7 @@ def test_a_model_larger_than_the_memory_is_refused_with_an_estimate(dataset, tmp
 def test_out_of_memory_advice_lists_only_options_that_would_help(settings, options, dataset, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     arguments = [*TOY, f"--data={dataset}", *settings.split()]
-    advice = f"use {options}; if it happened while generating samples, lower --clip_seconds"
+    advice = f"use {options}; if memory ran out while samples were generated, lower --clip_seconds"
     assert advise_on_memory(arguments).endswith(f"; {advice}")
     monkeypatch.setattr("tools.estimate.estimate", lambda *_: [].pop())  # fails, as without any free memory
     assert advise_on_memory(arguments) == advice
@@ -315,7 +315,7 @@ def test_weights_that_do_not_fit_are_refused(command, toy_run, dataset, tmp_path
     assert_refused(command(train, *args, f"--init_from={tmp_path / 'none.pt'}"), "none.pt: no such checkpoint")
     best, other = toy_run[0] / "best.pt", tmp_path / "other.pt"
     assert_refused(command(train, *args, f"--init_from={best}", "--dim=64"), "dim was 32, is 64",
-                   "use its settings, or another --init_from")  # fmt: skip
+                   "use the settings of the checkpoint, or choose another --init_from")  # fmt: skip
     saved, name = load(best), "blocks.0.up.weight"
     incomplete = {key: weight for key, weight in saved["ema"].items() if key != name}
     for ema in (incomplete, {**incomplete, name: torch.zeros(3, 3)}, {**saved["ema"], "blocks.9.up": torch.zeros(3)}):
@@ -368,8 +368,13 @@ def test_impossible_requests_to_sample_are_refused(command, toy_run, tmp_path):
     for duration in ("0", "-1", "nan", "inf"):
         assert_refused(command(sample, best, "x", "--duration", duration), "must be above 0 seconds")
     soundfile.write(tmp_path / "long.wav", TONE, 16_000)
-    args = ("--continue", tmp_path / "long.wav", "--duration", "1")
-    assert_refused(command(sample, best, "x", *args), "2.0 s long, and --duration is 1 s", "make --duration longer")
+    for time in ("2", "0:02", "1:00:00", "9" * 6):
+        late = command(sample, best, "x", "--continue", tmp_path / "long.wav", "--from", time)
+        assert_refused(late, "long.wav: only 2.0 s long", "--from")
+    for time in ("-1", "1:75", "a minute", "1:2:3:4", "nan", "9" * 400, ""):
+        no_time = command(sample, best, "x", "--continue", tmp_path / "long.wav", f"--from={time}")
+        assert_refused(no_time, f"--from {time}: not a time", "0:45")
+    assert_refused(command(sample, best, "x", "--from", "1"), "--from 1: needs --continue")
     missing = command(sample, best, "x", "--continue", tmp_path / "no.wav")
     assert_refused(missing, "no.wav: cannot be read as audio")
     assert_refused(command(sample, best, "x", "--temperature", "-1"), "--temperature -1.0: must be a number from 0 to")

@@ -267,7 +267,8 @@ def test_a_damaged_data_set_is_refused_or_gives_valid_batches(dataset, tmp_path,
         unigram = shards.unigram_ce(folder)
         assert unigram.shape == (4,) and np.isfinite(unigram).all() and (unigram >= 0).all()
         TextEmbedder(8, shards.read_tokenizer(folder), 8, 2, 1, 16).tokenize(["fast bells"])
-        return [*data.TrainingBatches(train_data, model, s)[0], *data.valid_batches(valid_data, model, 4, s)]
+        held_out = [batch for batch, _ in data.valid_batches(valid_data, model, 4, s)]
+        return [*data.TrainingBatches(train_data, model, s)[0], *held_out]
 
     for batch in call_or_refuse(read_batches) or []:
         assert batch.codes.min() >= 0 and batch.codes.max() < 512

@@ -1,5 +1,6 @@
 """train.py at toy size: the files of a run, learning, stopping and resuming, steps that go wrong."""
 
+import contextlib
 import functools
 import json
 import math
@@ -20,6 +21,8 @@ from conftest import ROOT, TOY, Ranks, finish, lines, load, same_run, slow, star
 from models import make_model
 
 import common
+import config
+import data
 import log
 import metrics
 import prepare
@@ -180,7 +183,7 @@ def test_a_logger_receives_the_numbers_of_both_files(name, tmp_path, train_toy, 
         train_toy(tmp_path, f"--logger={name}", "--evaluate_clips=1", f"--steps={steps}")
     steps = {key: [step for logged_key, step in logged if logged_key == key] for key, _ in logged}
     assert steps["train/ce"] == list(range(1, 9)) and steps["train_epoch/ce_q4"] == [3, 6, 8]
-    assert steps["valid/ce_q4"] == [0, 3, 6, 8] and steps["evaluate/fad"] == [6, 8]
+    assert steps["valid/ce_q4"] == [0, 3, 6, 8] and steps["evaluate/rtf"] == [6, 8]
     assert steps.keys() >= {"train/ppl_q1", "valid/ppl", "valid/unigram_q2", "train/grad_norm"}
     assert opened == [-1, 6] if name == "tensorboard" else opened[1]["resume"] == "allow"
 
@@ -260,15 +263,16 @@ def test_weight_decay_applies_to_matrices_only():
 
 
 @pytest.mark.parametrize("path", CONFIGS)
-def test_every_config_trains_a_step(path, dataset, tmp_path, command):
+def test_every_config_trains_a_step(path, dataset, toy_run, tmp_path, command):
     status, output = command(
         train, path, *SMALL, f"--data={dataset}", f"--out={tmp_path}", "--batch_size=4", "--micro_batch=2", "--steps=1",
         "--epoch=1", "--samples=1", "--evaluate_clips=0", "--valid_items=4", "--device=cpu",
+        *([f"--init_from={toy_run[0]}"] if "lora" in path or "finetune" in path else []),
     )  # fmt: skip
     assert status == 0 and (tmp_path / "best.pt").exists(), output
 
 
-def test_a_run_ends_with_an_evaluation_by_the_caption_probe(tmp_path, train_toy):
+def test_a_run_ends_with_an_evaluation_by_the_caption_probe(tmp_path, train_toy, withhold_nothing):
     output = train_toy(tmp_path, "--evaluate_clips=2")
     assert re.search(r"cfg 3( +\d\.\d\d){3,}\n", output), output
     (line,) = stage_lines(tmp_path, "evaluate")
@@ -362,6 +366,40 @@ def test_a_checkpoint_saved_while_another_run_starts_is_not_overwritten(toy_run,
     monkeypatch.setattr(common, "lock", lock_after_the_other_run)
     assert f"{out}: another run has saved last.pt meanwhile; run the command again" in train_toy(out, status=2)
     assert (out / "last.pt").read_bytes() == (toy_run[0] / "last.pt").read_bytes()
+
+
+def test_held_out_tracks_that_were_trained_on_are_counted_and_the_curve_starts_anew(
+    toy_run, corpus, tmp_path, train_toy
+):
+    """Tracks are compared by the hashes of their files: the new data set has other names for the same music."""
+    out, data_folder, music = tmp_path / "out", tmp_path / "data", tmp_path / "music" / "renamed"
+    shutil.copytree(toy_run[0], out)
+    shutil.copytree(corpus, music)
+    prepare.prepare(music.parent, data_folder, workers=1, valid_fraction=0.5)
+    before = data.TokenDataset(json.loads((out / "config.json").read_text())["data"], "train")
+    train_data, after = (data.TokenDataset(data_folder, split) for split in ("train", "valid"))
+    known = before.track_hashes() & after.track_hashes()
+    assert known and not {track["name"] for track in before.tracks} & {track["name"] for track in after.tracks}
+    output = train_toy(out, f"--data={data_folder}", "--steps=9")
+    assert f"{len(known)} of {len(after.tracks)} held-out tracks were trained on before" in output
+    assert [line["step"] for line in lines(out / "history.jsonl")][0] == 6
+    assert [line["step"] for line in lines(out / "metrics.jsonl")] == [7, 8, 9]
+    for name in ("history", "metrics"):
+        kept = (out / f"{name}_until_000006.jsonl").read_text()
+        assert kept == (toy_run[0] / f"{name}.jsonl").read_text(), "nothing is lost"
+    assert "trained on before" in train_toy(tmp_path / "tuned", f"--data={data_folder}", f"--init_from={out}")
+    trained = load(out / "last.pt")["train_tracks"].tolist()
+    assert set(trained) == before.track_hashes() | train_data.track_hashes()
+
+
+def test_a_finished_run_is_left_alone_when_the_data_change(toy_run, dataset_copy, tmp_path, train_toy):
+    out = Path(shutil.copytree(toy_run[0], tmp_path / "out"))
+    meta = json.loads((dataset_copy / "meta.json").read_text())
+    meta["checksums"]["counts.npy"] += 1
+    (dataset_copy / "meta.json").write_text(json.dumps(meta))
+    before = {path.name: path.read_bytes() for path in out.glob("*.*") if path.suffix in (".pt", ".jsonl")}
+    assert "has changed since" in train_toy(out, f"--data={dataset_copy}")
+    assert before == {path.name: path.read_bytes() for path in out.glob("*.*") if path.suffix in (".pt", ".jsonl")}
 
 
 @pytest.mark.parametrize("change", [[], ["--valid_items=3"]])
@@ -490,7 +528,7 @@ def test_settings_of_the_optimizer_may_change_on_resuming(tmp_path, train_toy):
     assert "blocks.0.qkv.weight" not in moments and "blocks.1.qkv.weight" in moments
 
 
-def test_a_finished_run_is_not_evaluated_again(tmp_path, train_toy):
+def test_a_finished_run_is_not_evaluated_again(tmp_path, train_toy, withhold_nothing):
     train_toy(tmp_path, "--evaluate_clips=2")
     output = train_toy(tmp_path, "--evaluate_clips=2")
     assert "fad" in output and "generating" not in output and len(stage_lines(tmp_path, "evaluate")) == 1
@@ -529,6 +567,96 @@ def test_a_run_may_start_from_the_weights_of_another(dataset_copy, tmp_path, tra
         torch.testing.assert_close(child["model"][name], weight, rtol=0, atol=1e-6)
     (tmp_path / "a" / "best.pt").unlink()
     assert "resuming from" in train_toy(tmp_path / "b", *args, "--steps=8"), "only a new run needs --init_from"
+
+
+def test_a_fine_tune_takes_the_model_from_init_from(toy_run, dataset, tmp_path, command):
+    """Sizes, codec, positions, conditions, segment and sampling, unless they are typed."""
+    words = [f"--data={dataset}", f"--init_from={toy_run[0]}", "--steps=2", "--samples=0", "--valid_items=2",
+             "--evaluate_clips=0", "--device=cpu"]  # fmt: skip
+    for number, path in enumerate(("config/lora.py", "config/finetune.py", "config/small.py", "config/demo.py")):
+        out = tmp_path / str(number)
+        more = [f"--out={out}", "--top_k=7", *(["--batch_size=2", "--micro_batch=2"] if number > 1 else [])]
+        status, output = command(train, path, *words, *more)
+        assert status == 0, output
+        saved, parent = load(out / "best.pt")["settings"], load(toy_run[0] / "best.pt")["settings"]
+        assert all(saved[key] == parent[key] for key in config.MODEL_SETTINGS)
+        assert saved["top_k"] == 7 and saved["cfg"] == (2.0 if "demo" in path else parent["cfg"])
+        assert ("dim = 32 (config file: " in output) == (number > 1), "a config file's other sizes are reported"
+
+
+@pytest.mark.parametrize("condition", ["melody", "style"])
+def test_a_condition_can_be_added_to_a_model(toy_run, dataset, tmp_path, command, condition):
+    words = [f"--data={dataset}", f"--init_from={toy_run[0]}", f"--out={tmp_path}", "--steps=4", "--samples=0",
+             f"--{condition}=True", "--style_dim=32", "--style_seconds=0.2,0.4", "--lr=0.01",
+             "--device=cpu"]  # fmt: skip
+    status, output = command(train, "config/lora.py", *words, "--valid_items=2", "--evaluate_clips=0")
+    assert status == 0, output
+    parent, child = load(toy_run[0] / "best.pt")["ema"], load(tmp_path / "last.pt")["model"]
+    added = {name for name in child if name not in parent and ".lora_" not in name}
+    assert added and all(name.startswith(f"conditioner.prepended.{condition}.") for name in added)
+    assert child[f"conditioner.prepended.{condition}.null"].any(), "the new embedder is trained"
+    status, output = command(train, "config/lora.py", *words[:1], f"--init_from={tmp_path / 'best.pt'}",
+                             f"--out={tmp_path / 'x'}", f"--{condition}=False")  # fmt: skip
+    assert status == 2 and f"{condition} was True, is False" in output
+
+
+def test_the_epoch_follows_the_run_unless_it_is_set(tmp_path):
+    demo, out = "config/demo.py", f"--out={tmp_path}"
+    for words, epoch in (
+        ([demo], 1750), ([demo, "--steps=500"], 100), ([demo, "--steps=500", "--epoch=400"], 400), (["--steps=3"], 1),
+        (["--steps=1000"], 200), ([demo, "--steps=20000"], 1750),
+    ):  # fmt: skip
+        assert config.load([*words, out], "").epoch == epoch
+    assert Settings(steps=7).epoch == 2
+
+
+def test_a_run_is_not_resumed_with_another_model(toy_run, dataset, tmp_path, command):
+    """Sizes come from last.pt, so the run would continue with the old model unnoticed."""
+    other, out = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(toy_run[0], other)
+    words = ["config/finetune.py", f"--data={dataset}", f"--out={out}", "--steps=2", "--samples=0", "--valid_items=2",
+             "--evaluate_clips=0", "--device=cpu"]  # fmt: skip
+    assert command(train, *words, f"--init_from={toy_run[0]}")[0] == 0
+    status, output = command(train, *words, f"--init_from={other}")
+    assert status == 2 and f"started from '{toy_run[0]}', not '{other}'; choose another --out" in output
+    assert command(train, *words, f"--init_from={toy_run[0]}/best.pt", "--steps=3")[0] == 0, "the same model"
+
+
+def test_lora_without_a_model_to_adapt_is_refused(dataset, tmp_path, command):
+    status, output = command(train, *TOY, f"--data={dataset}", f"--out={tmp_path}", "--lora_rank=2")
+    assert status == 2 and "--init_from" in output and "demo/demo.pt" in output
+    status, output = command(train, "config/lora.py", f"--data={dataset}", "--init_from=nowhere")
+    assert status == 2 and "nowhere: no such checkpoint" in output and "tools.convert import" in output
+
+
+def test_more_steps_do_not_change_the_epoch_of_a_run(tmp_path, dataset, command):
+    words = [*(word for word in TOY if "epoch" not in word), f"--data={dataset}", f"--out={tmp_path}", "--samples=0"]
+    for steps in (4, 7):
+        assert command(train, *words, f"--steps={steps}")[0] == 0
+    epochs = [line["epoch"] for line in lines(tmp_path / "metrics.jsonl")]
+    assert epochs == [1, 2, 3, 4, 5, 6, 7] and json.loads((tmp_path / "config.json").read_text())["epoch"] == 1
+
+
+def test_the_error_of_the_gain_is_that_of_independent_tracks(toy_run, dataset):
+    """Two tracks of one item each; then each item twice, which adds no information; then one track only."""
+    (model, s, _), valid = load_model(toy_run[0]), data.TokenDataset(dataset, "valid")
+    valid.tracks = valid.tracks[:2]
+    s.valid_items = 2
+    batches = [*data.valid_batches(valid, model, 1, s)]
+    assert len({names[0] for _, names in batches}) == 2
+    ce, null_ce, error, tracks = train.validate(model, batches, torch.device("cpu"), contextlib.nullcontext)
+    gains = []
+    for batch, names in batches:
+        alone = train.validate(model, [(batch, names)], torch.device("cpu"), contextlib.nullcontext)
+        gains.append((np.mean(np.subtract(alone[1], alone[0]) * batch.targets_per_codebook.numpy()) * model.K,
+                      batch.in_loss.sum().item()))  # fmt: skip
+        assert alone[2:] == (None, 1)
+    (a, n), (b, m) = gains
+    targets = sum(batch.targets_per_codebook.sum().item() for batch, _ in batches)
+    residual = a - n * (a + b) / (n + m)
+    assert tracks == 2 and error == pytest.approx(2 * abs(residual) / targets, rel=1e-3)
+    twice = train.validate(model, 2 * batches, torch.device("cpu"), contextlib.nullcontext)
+    assert twice[2] == pytest.approx(error, rel=1e-6) and twice[3] == 2
 
 
 # Steps that go wrong

@@ -40,7 +40,7 @@ def learn(model, s, train_data, valid_data, seconds, device, dtype):
         trained += time.perf_counter() - start
         if trained >= mark * seconds / MARKS:
             held_out = data.valid_batches(valid_data, model, 8, s)
-            ce_q, _ = train.validate(state.ema, held_out, device, state.autocast)
+            ce_q, *_ = train.validate(state.ema, held_out, device, state.autocast)
             yield trained, state.step * s.batch_size * model.trained_frames * model.K, ce_q
             mark += 1
 
