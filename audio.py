@@ -7,6 +7,8 @@ import math
 import mmap
 import os
 import re
+import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +20,27 @@ from mutagen.mp3 import HeaderNotFoundError, MPEGFrame, MPEGInfo
 from common import UserError, first_line, write_file
 
 SUFFIXES = set(".wav .wave .flac .mp3 .ogg .oga .opus .aiff .aif .aifc .au .caf .w64".split())  # read by libsndfile
-OTHER_SUFFIXES = set(".m4a .aac .mp4 .wma .webm .mka .ape .wv .alac .dsf .mid .midi".split())  # reported as skipped
+FFMPEG_SUFFIXES = set(".m4a .aac .mp4 .wma .webm .mka .ape .wv .alac .dsf".split())  # read by ffmpeg, if installed
+FFMPEG_FORMATS = "mov,aac,asf,matroska,ape,wv,dsf,caf"  # the demuxers of these suffixes
+OTHER_SUFFIXES = FFMPEG_SUFFIXES | {".mid", ".midi"}  # listed in skipped.jsonl if they cannot be read
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}  # suffix: libsndfile's name, for writing
 
 
-def load_audio(path, sample_rate, channels=1, samples=None):
-    """Load an audio file, or its first `samples`, as float32 [channels, samples] at `sample_rate`.
+def load_audio(path, sample_rate, channels=1, samples=None, first=0):
+    """Load an audio file as float32 [channels, samples] at `sample_rate`: at most `samples`, from sample `first` on.
 
-    Raises UserError if the file cannot be read.
+    Raises UserError if the file cannot be read, or ends before sample `first`.
     """
-    blocks, loaded = [], 0
+    blocks, end = [], 0
     for block in read_blocks(path, sample_rate, channels):
-        blocks.append(block)
-        loaded += block.shape[1]
-        if samples and loaded >= samples:
+        end += block.shape[1]
+        if end > first:
+            blocks.append(block[:, first - end :])  # the complete block, if it starts after `first`
+        if samples and end >= first + samples:
             break
+    if not blocks:
+        raise UserError(f"{path}: only {end / sample_rate:.1f} s long, but reading starts at {first / sample_rate:g} s."
+                        " Choose an earlier start (--from)")  # fmt: skip
     return torch.cat(blocks, dim=1)[:, :samples]
 
 
@@ -70,7 +78,12 @@ def read_blocks(path, sample_rate, channels=1, seconds=10):
 
 
 def open_audio(path):
-    """Open a SoundFile. A pipe or an interrupted recording leaves a WAV header with size 0: correct it in memory."""
+    """Open a SoundFile, in a `with` statement. ffmpeg decodes the formats that libsndfile cannot read.
+
+    A pipe or an interrupted recording leaves a WAV header with size 0: correct it in memory.
+    """
+    if Path(path).suffix.lower() in FFMPEG_SUFFIXES:
+        return open_by_ffmpeg(path)
     file = soundfile.SoundFile(os.fsencode(path))
     if file.frames:
         return file
@@ -82,6 +95,38 @@ def open_audio(path):
     for start in (4, data + 4):
         content[start : start + 4] = min(len(content) - start - 4, 2**32 - 1).to_bytes(4, "little")
     return soundfile.SoundFile(content)
+
+
+@contextlib.contextmanager
+def open_by_ffmpeg(path):
+    """Decode with ffmpeg and read its output as a SoundFile: in AU format, whose header needs no length.
+
+    Raises UserError without ffmpeg, or if ffmpeg reports an error before the end of the file.
+    """
+    # "file:" stops names such as "a:b.m4a" from being URLs; the whitelists stop files that refer to other files or URLs
+    command = ["ffmpeg", "-v", "error", "-protocol_whitelist", "file", "-format_whitelist", FFMPEG_FORMATS,
+               "-i", f"file:{path}", "-f", "au", "-c:a", "pcm_f32be", "-"]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        errors, file = stack.enter_context(tempfile.TemporaryFile()), None
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+        except FileNotFoundError:
+            raise UserError(f"{path}: {Path(path).suffix} files are read by ffmpeg, which is not installed. Install it,"
+                            " or convert the file to WAV or FLAC") from None  # fmt: skip
+        stack.enter_context(process)
+        stack.callback(process.kill)  # before Popen waits, because the caller may have stopped early
+        with contextlib.suppress(soundfile.LibsndfileError):  # ffmpeg has written nothing
+            file = stack.enter_context(soundfile.SoundFile(process.stdout.fileno(), closefd=False))
+        if file:
+            yield file
+        if process.stdout.read(1):  # the caller needed only the beginning
+            return
+        status = process.wait()
+        errors.seek(0)
+        line = re.sub(r"\[[^]]* @ [^]]*\] ", "", errors.readline().decode(errors="replace")).strip()
+        if status or line or not file:
+            raise UserError(f"{path}: cannot be read as audio (ffmpeg: {line or f'status {status}'}). Replace it, or"
+                            " convert it to WAV or FLAC")  # fmt: skip
 
 
 def mp3_seconds(path):

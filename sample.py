@@ -1,8 +1,8 @@
 """Generate music from captions, a melody, a style, the beginning of a recording, or several of these together.
 
-    python sample.py out/demo/best.pt "a slow piano melody in D minor, with drums" --duration 8
+    python sample.py out/demo "a slow piano melody in D minor, with drums" --duration 8
     python sample.py out/demo/best.pt "fast bells" "calm strings, no drums" --cfg 3 --seed 7
-    python sample.py out/demo/best.pt "organ chords" --continue beginning.wav --duration 12
+    python sample.py out/demo/best.pt "organ chords" --continue song.mp3 --from 0:45 --duration 12
     python sample.py out/demo_melody/best.pt "organ, with drums" --melody tune.wav
     python sample.py out/demo_style/best.pt "a fast melody" --style excerpt.wav --style_codebooks 2 --cfg_beta 2
     python sample.py out/demo/best.pt --file captions.txt --n 4 --format flac --spectrogram
@@ -11,6 +11,8 @@
 
 A .json with the options and settings is written next to each file. The first sample has the seed --seed, the second
 --seed + 1, and so on. A seed gives the same music alone and in a batch, up to rounding.
+
+Audio is read from WAV, FLAC, MP3, OGG, Opus, AIFF and others; M4A, AAC, WMA, MP4 and WebM need ffmpeg on the PATH.
 
 In the order of this file: parse, check, load, conditions, generate, write. Letters: K codebooks, T frames.
 """
@@ -27,12 +29,11 @@ from pathlib import Path
 import common  # before torch; it sets GOMP_SPINCOUNT
 
 # isort: split
-import soundfile
 import torch
 from tqdm import tqdm
 
 import config
-from audio import FORMATS, draw_spectrogram, file_name, load_audio, write_audio
+from audio import FORMATS, draw_spectrogram, file_name, load_audio, open_audio, write_audio
 from codec import encode_long, load_codec
 from common import UserError
 from conditioning import CHROMA_RATE, INFERENCE_CODEBOOKS, SILENCE, strongest
@@ -49,14 +50,17 @@ def parse_arguments(words=None):
     """Parse the command line, or the list `words`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", help="best.pt, or another checkpoint of a run")
+    add("checkpoint", help="a run's folder, which means its best.pt, or a checkpoint file")
     add("captions", nargs="*", default=[], help="descriptions of the music; without one, or empty: unconditional")
     add("--file", help="a text file with more captions, one per line")
     add("--interactive", action="store_true", help="read more captions from the terminal, until an empty line")
     add("--n", type=int, default=1, help="samples per caption (default 1)")
     add("--duration", type=float, default=8.0, help="seconds, including the prompt (default 8)")
     add("--stride", type=float, help="seconds between windows (default half of one); smaller strides keep more context")
-    add("--continue", dest="prompt", metavar="AUDIO", help="prompt: an audio file to continue")
+    add("--continue", dest="prompt", metavar="AUDIO", help="prompt: an audio file to continue. If it is not shorter"
+        " than --duration, it is cut to half of --duration, so that music is left to generate")  # fmt: skip
+    add("--from", dest="start", metavar="TIME", default="0", help="start of the prompt in the file of --continue: 45,"
+        " 45.5, 0:45 or 1:02:03 (default 0)")  # fmt: skip
     add("--melody", metavar="AUDIO", help="an audio file whose pitch classes to follow, from its beginning")
     add("--style", metavar="AUDIO", help="an audio file whose middle to use as the style")
     add("--style_codebooks", type=int, default=INFERENCE_CODEBOOKS, help="larger numbers follow it closer (default 3)")
@@ -78,7 +82,18 @@ def parse_arguments(words=None):
     add("--dtype", choices=config.CHOICES["dtype"], default="auto", help="default auto: bfloat16 if it is faster")
     add("--compile", action="store_true", help="compile first, for 10 to 40 s; pays off for minutes of music")
     add("--codec_weights", help="the codec's weights, if they have moved since training")
-    return parser.parse_intermixed_args(words)
+    add("--text_encoder_weights", help="T5's weights, if they have moved since training")
+    args = parser.parse_intermixed_args(words)
+    if Path(args.checkpoint).is_dir():
+        args.checkpoint = str(Path(args.checkpoint, "best.pt"))
+    return args
+
+
+def parse_time(text):
+    """Return the seconds of a time such as 45, 45.5, 0:45 or 1:02:03. Raises UserError."""
+    if not re.fullmatch(r"\d{1,6}(:[0-5]?\d){0,2}(\.\d+)?", text):
+        raise UserError(f"--from {text}: not a time; write 45, 45.5, 0:45 or 1:02:03")
+    return sum(float(part) * 60**i for i, part in enumerate(reversed(text.split(":"))))
 
 
 def read_captions(args):
@@ -111,23 +126,28 @@ def check_arguments(args):
         (is_file and not is_single, f"--out {args.out}: a file is for one sample of one caption; use a folder"),
         (args.stream and not is_single, "--stream is for one sample of one caption"),
         (args.stream and is_terminal, "--stream writes raw samples: pipe stdout into a player, as --help shows"),
+        (args.start != "0" and not args.prompt, f"--from {args.start}: needs --continue, the file to start from"),
         (args.interactive and not sys.stdin, "--interactive reads captions from stdin, which is closed; open it"),
         (args.spectrogram and not importlib.util.find_spec("PIL"), "--spectrogram: needs Pillow; pip install pillow"),
     ):  # fmt: skip
         if is_wrong:
             raise UserError(message)
+    parse_time(args.start)
 
 
 def load(args):
     """Load a checkpoint for generation: return (model, its Settings, its codec), on the device of the options."""
     device, dtype = common.pick_device(args.device, args.dtype)
-    model, s, codec_info = load_model(args.checkpoint, device)
+    model, s, codec_info = load_model(args.checkpoint, device, args.text_encoder_weights)
     if device.type == "cpu" and s.dim <= 256:
         # such small steps gain nothing from a second thread, nor from bfloat16 unless they are compiled
         torch.set_num_threads(1)
         dtype = torch.float32 if args.dtype == "auto" and not args.compile else dtype
     optimize(model, dtype, args.compile)
-    codec = load_codec(codec_info["name"], s.codec_weights if args.codec_weights is None else args.codec_weights)
+    weights = s.codec_weights if args.codec_weights is None else args.codec_weights
+    if weights and not Path(weights).exists():
+        raise UserError(f"{weights}: no such file; pass the weights of codec {codec_info['name']} with --codec_weights")
+    codec = load_codec(codec_info["name"], weights)
     if codec.id != codec_info["id"]:
         raise UserError(f"{args.checkpoint}: needs codec {codec_info['id']}, not {codec.id}; pass its --codec_weights")
     return model, s, codec.to(device)
@@ -151,11 +171,14 @@ def generation_options(args, model, s, codec):
 
 def load_prompt(args, codec, frames):
     """Load the audio of --continue as codes [1, K, T], without an incomplete last frame, which would end in silence."""
-    wav = load_audio(args.prompt, codec.sample_rate, codec.channels)
+    first = round(parse_time(args.start) * codec.sample_rate)
+    wav = load_audio(args.prompt, codec.sample_rate, codec.channels, frames * codec.hop, first)
+    length = wav.shape[1] // codec.hop
     if math.ceil(wav.shape[1] / codec.hop) >= frames:
-        raise UserError(f"--continue {args.prompt}: {wav.shape[1] / codec.sample_rate:.1f} s long, and --duration is"
-                        f" {args.duration:g} s in total; make --duration longer")  # fmt: skip
-    return encode_long(codec, wav[:, : max(1, wav.shape[1] // codec.hop) * codec.hop])[None]
+        length = frames // 2  # with a prompt of almost --duration, there would be almost nothing to generate
+        print(f"--continue {args.prompt}: cut to {length / codec.frame_rate:g} s, from {args.start} on, because"
+              f" --duration {args.duration:g} includes the prompt")  # fmt: skip
+    return encode_long(codec, wav[:, : max(1, length) * codec.hop])[None]
 
 
 def load_condition(args, name, model, codec):
@@ -164,7 +187,9 @@ def load_condition(args, name, model, codec):
     if name not in embedders:
         raise UserError(f"--{name}: {args.checkpoint} was not trained with it; its conditions are"
                         f" {', '.join(['text', *embedders])}")  # fmt: skip
-    wav, rate = load_audio(path, codec.sample_rate, codec.channels), soundfile.info(path).samplerate
+    wav = load_audio(path, codec.sample_rate, codec.channels)
+    with open_audio(path) as file:
+        rate = file.samplerate
     seconds = wav.shape[1] / codec.sample_rate
     if seconds * CHROMA_RATE < 1:
         raise UserError(f"--{name} {path}: {seconds:.3f} s long; at least {1 / CHROMA_RATE:g} s are needed")
@@ -210,8 +235,8 @@ def other_conditions(args, model, s, codec):
 def report_captions(captions, embedder, others):
     """Print which captions are empty or cut off, and which words no training caption contains."""
     for caption in dict.fromkeys(captions):
-        tokens = len(embedder.tokenizer.encode(caption))
-        if not tokens:
+        tokens = len(embedder.encode(caption))
+        if tokens == len(embedder.encode("")):
             print(f"no caption: {'conditioned on ' + ' and '.join(others) if others else 'unconditional music'}")
         elif tokens > embedder.max_tokens:
             print(f"'{caption[:40]}...': {tokens} tokens, but the model reads only the first {embedder.max_tokens}")

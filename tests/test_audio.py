@@ -1,4 +1,7 @@
-"""Audio files: interrupted recordings, MP3s with a wrong length, writing."""
+"""Audio files: interrupted recordings, MP3s with a wrong length, files that ffmpeg reads, writing."""
+
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -6,7 +9,7 @@ import soundfile
 import torch
 from mutagen.mp3 import MPEGFrame
 
-from audio import load_audio, mp3_seconds, write_audio
+from audio import FFMPEG_SUFFIXES, load_audio, mp3_seconds, open_audio, write_audio
 from common import UserError
 
 
@@ -99,3 +102,65 @@ def test_an_mp3_without_header_is_read_completely_or_refused(mode, tmp_path):
     else:
         with pytest.raises(UserError, match=r"the header says \d.\d s but the stream has (19.9|20.\d) s"):
             load_audio(path, 16_000)
+
+
+def test_a_part_of_a_file_equals_this_part_of_all(tmp_path):
+    path, n = tmp_path / "a.wav", 25 * 16_000  # several blocks, resampled
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 25 * 22_050), 22_050)
+    wav = load_audio(path, 16_000)
+    for first, samples in ((0, n), (0, 5), (170_000, 1000), (159_000, 200_000), (n - 5, 100), (161_000, None)):
+        part = load_audio(path, 16_000, samples=samples, first=first)
+        assert torch.equal(part, wav[:, first:][:, :samples])
+    with pytest.raises(UserError, match="a.wav: only 25.0 s long.* 30 s.*--from"):
+        load_audio(path, 16_000, first=30 * 16_000)
+
+
+def write_au(path, seconds=12, rate=22_050):
+    wav = np.random.default_rng(1).uniform(-0.5, 0.5, (seconds * rate, 2))
+    soundfile.write(path, wav, rate, format="AU", subtype="FLOAT")
+
+
+def test_ffmpeg_reads_the_formats_that_libsndfile_lacks(fake_ffmpeg, tmp_path):
+    write_au(tmp_path / "a.au")
+    expected = load_audio(tmp_path / "a.au", 16_000, 2)
+    for suffix in (*FFMPEG_SUFFIXES, ".M4A"):
+        path = shutil.copy(tmp_path / "a.au", tmp_path / f"http:-a b{suffix}")
+        assert torch.equal(load_audio(path, 16_000, 2), expected)
+        assert torch.equal(load_audio(path, 16_000, 2, samples=500, first=900), expected[:, 900:1400])
+        with open_audio(path) as file:
+            assert file.samplerate == 22_050
+
+
+def test_a_file_that_ffmpeg_cannot_read_is_refused(fake_ffmpeg, tmp_path, monkeypatch):
+    messages = {"broken.m4a": "moov atom not found", "damaged.m4a": "stream 0, offset 0x30: partial file"}
+    for name, message in messages.items():
+        write_au(tmp_path / name)
+        with pytest.raises(UserError, match="WAV") as error:
+            load_audio(tmp_path / name, 16_000)
+        assert f"{tmp_path / name}: cannot be read as audio (ffmpeg: {message})" in str(error.value)
+    assert load_audio(tmp_path / "damaged.m4a", 16_000, samples=100).shape == (1, 100)  # the beginning is not damaged
+    write_au(tmp_path / "empty.m4a", seconds=0)
+    with pytest.raises(UserError, match="empty.m4a: contains no samples"):
+        load_audio(tmp_path / "empty.m4a", 16_000)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="empty.m4a: .*ffmpeg.* Install it, or .* WAV"):
+        load_audio(tmp_path / "empty.m4a", 16_000)
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs ffmpeg")
+def test_audio_encoded_by_ffmpeg_is_read_back(tmp_path):
+    wav, rate = np.random.default_rng(0).normal(0, 0.1, (22_050 * 12, 2)), 22_050
+    wav = np.cumsum(wav, axis=0) - np.cumsum(np.roll(wav, 50, axis=0), axis=0)  # mostly low frequencies
+    soundfile.write(tmp_path / "a.wav", 0.5 * wav / np.abs(wav).max(), rate)
+    expected = load_audio(tmp_path / "a.wav", 16_000, 2)
+    for name in ("a.m4a", "a.mp4", "a.mka"):
+        command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", "-c:a", "aac", tmp_path / name]
+        subprocess.run(command, check=True)
+        read = load_audio(tmp_path / name, 16_000, 2)
+        assert read.shape[1] == pytest.approx(expected.shape[1], abs=2000)
+        n = min(read.shape[1], expected.shape[1])
+        assert np.corrcoef(read[0, :n], expected[0, :n])[0, 1] > 0.95
+    content = (tmp_path / "a.m4a").read_bytes()
+    (tmp_path / "half.m4a").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="half.m4a: cannot be read as audio .ffmpeg: "):
+        load_audio(tmp_path / "half.m4a", 16_000)

@@ -170,7 +170,7 @@ def test_a_bad_request_gets_one_line(server):
     assert server.is_idle()
 
 
-def test_bad_audio_gets_one_line(server):
+def test_bad_audio_gets_one_line(server, fake_ffmpeg, tmp_path):
     good, text = upload(tone(1)), base64.b64encode(b"not audio").decode()
     message = server.error({**OPTIONS, "continue": dict(name="../../a/text.wav", content=text)})
     assert message.endswith("a_text.wav: cannot be read as audio (Format not recognised.)") and "/" not in message
@@ -179,11 +179,15 @@ def test_bad_audio_gets_one_line(server):
     for broken in ("x", 5, [1], dict(name="a.wav"), dict(name=5, content=text), dict(name="a.wav", content=5)):
         message = server.error({**OPTIONS, "continue": broken})
         assert message == "continue: must be an object with a name, and content in base64"
-    long = server.error({**OPTIONS, "duration": 1, "continue": good})
-    assert long == "continue a_tune.wav: 1.0 s long, and duration is 1 s in total; make duration longer"
+    cut = server.post({**OPTIONS, "duration": 1, "continue": good})[1][0]["start"]["messages"]
+    assert "continue a_tune.wav: cut to 0.5 s, from 0 on, because duration 1 includes the prompt" in cut
     for key in ("melody", "style"):
         assert "was not trained with it; its conditions are text" in server.error({**OPTIONS, key: good})
     hours = upload(np.zeros(20_000), rate=20)
+    assert "longer than 10 minutes; cut it" in server.error({**OPTIONS, "continue": hours})
+    soundfile.write(tmp_path / "hours.au", np.zeros(20_000), 20, format="AU")
+    content = base64.b64encode((tmp_path / "hours.au").read_bytes()).decode()
+    hours = dict(name="hours.m4a", content=content)
     assert "longer than 10 minutes; cut it" in server.error({**OPTIONS, "continue": hours})
     large = dict(name="a.wav", content="A" * (play.UPLOAD_MB * 4_000_000 // 3 + 20_000))
     assert "is larger than 20 MB" in server.error({**OPTIONS, "continue": large}, expected=413)

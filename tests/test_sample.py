@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, finish, start
+from conftest import ROOT, finish, load, start
 
 import sample
 from common import UserError
+from demo.tiny import WEIGHTS
 from tools import output
 
 
@@ -148,6 +150,50 @@ def test_invalid_options_get_one_line(play, tmp_path):
     for stride in ("0", "-1", "1", "nan", "inf"):
         assert "must be above 0 and below the 1 s of training" in play("bells", f"--stride={stride}", status=2)
     assert names(tmp_path, "*") == ["folder.wav"]
+
+
+def test_a_whole_song_is_continued_from_a_time(play, tmp_path):
+    """Half of --duration is used, 12 of 25 frames: the same as a file with only this part."""
+    song = 0.3 * np.random.default_rng(0).normal(size=70 * 16_000).clip(-1, 1)
+    soundfile.write(tmp_path / "song.flac", song, 16_000)
+    soundfile.write(tmp_path / "beginning.wav", song[:3840], 16_000)
+    soundfile.write(tmp_path / "part.wav", song[62 * 16_000 :][:3840], 16_000)
+
+    def make(name, prompt, *args):
+        printed = play("bells", "--out", tmp_path / f"{name}.wav", "--continue", tmp_path / prompt, *args)
+        return pcm(tmp_path / f"{name}.wav"), printed
+
+    beginning, part = make("1", "beginning.wav"), make("2", "part.wav")
+    assert "cut" not in part[1] and (beginning[0] != part[0]).any()
+    clip, printed = make("3", "song.flac")
+    np.testing.assert_array_equal(clip, beginning[0])
+    assert "song.flac: cut to 0.24 s, from 0 on, because --duration 0.5 includes the prompt" in printed
+    for name, time in (("4", "62"), ("5", "1:02"), ("6", "0:01:02.0")):
+        clip, printed = make(name, "song.flac", "--from", time)
+        np.testing.assert_array_equal(clip, part[0])
+        assert f"cut to 0.24 s, from {time} on" in printed
+        assert json.loads((tmp_path / f"{name}.json").read_text())["start"] == time
+    end, printed = make("7", "song.flac", "--from", "69.8")  # the last 0.2 s are shorter than --duration
+    assert "cut" not in printed and len(end) == 8000
+    make("8", "song.flac", "--duration", "0.02")
+
+
+def test_a_moved_run_is_sampled_by_its_folder(toy_run, command, tmp_path):
+    folder, out = tmp_path / "moved", tmp_path / "out"
+    folder.mkdir()
+    saved = load(toy_run[0] / "best.pt")
+    saved["settings"]["codec_weights"] = str(tmp_path / "gone" / "codec.pt")
+    torch.save(saved, folder / "best.pt")
+    shutil.copy(WEIGHTS, folder / "codec.pt")
+    args = (folder, "bells", "--duration", 0.1, "--out", out)
+    assert command(sample, *args)[0] == 0
+    assert json.loads((out / "bells_0.json").read_text())["checkpoint"] == str(folder / "best.pt")
+    (folder / "codec.pt").rename(tmp_path / "elsewhere.pt")
+    status, printed = command(sample, *args, "--seed", 1)
+    assert status == 2 and f"{tmp_path / 'gone' / 'codec.pt'}: no such file" in printed and "--codec_weights" in printed
+    assert command(sample, *args, "--seed", 1, "--codec_weights", tmp_path / "elsewhere.pt")[0] == 0
+    status, printed = command(sample, tmp_path, "bells", "--out", out)
+    assert status == 2 and f"{tmp_path / 'best.pt'}: no such checkpoint" in printed
 
 
 def test_audio_shorter_than_one_sample_at_the_codecs_rate(play, tmp_path):
@@ -294,6 +340,26 @@ def test_combinations_of_conditions(all_conditions, command, tmp_path):
     assert "no caption: conditioned on melody" in clips["alone"][1]
     info = json.loads((tmp_path / "all.json").read_text())
     assert info["melody"] == str(tune) and info["style"] == str(other)
+
+
+def test_prompt_melody_and_style_are_read_by_ffmpeg(fake_ffmpeg, all_conditions, command, tmp_path, monkeypatch):
+    tune, rate = 0.3 * np.sin(2 * np.pi * 220 * np.arange(70_000) / 22_050), 22_050
+    soundfile.write(tmp_path / "tune.wav", tune, rate, subtype="FLOAT")
+    soundfile.write(tmp_path / "tune.m4a", tune, rate, format="AU", subtype="FLOAT")
+
+    def make(name):
+        path, out = tmp_path / name, tmp_path / f"{name}.flac"
+        args = ("--continue", path, "--from", 1, "--melody", path, "--style", path, "--duration", 1, "--out", out)
+        status, printed = command(sample, all_conditions, "bells", *args)
+        return status, printed, out
+
+    outs = [make(name)[2] for name in ("tune.wav", "tune.m4a")]
+    np.testing.assert_array_equal(*map(pcm, outs))
+    outs[1].unlink()
+    monkeypatch.setenv("PATH", "")
+    status, printed, out = make("tune.m4a")
+    assert status == 2 and "tune.m4a: .m4a files are read by ffmpeg, which is not installed" in printed
+    assert not out.exists()
 
 
 def test_an_invalid_melody_or_style_gets_one_line(all_conditions, toy_run, command, tmp_path):

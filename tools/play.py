@@ -1,7 +1,7 @@
 """Serve a web page that generates music and plays it while it is generated, and keeps the clips for comparison.
 
     pip install starlette uvicorn
-    python -m tools.play out/demo/best.pt       # then open http://127.0.0.1:8000
+    python -m tools.play out/demo               # then open http://127.0.0.1:8000
 
     GET /            the page, play.html
     GET /info        JSON: the checkpoints of the folder, and the defaults and conditions of one (?checkpoint=NAME)
@@ -27,7 +27,7 @@ import soundfile
 
 import common
 import sample
-from audio import file_name
+from audio import FFMPEG_SUFFIXES, file_name, load_audio
 from codec import decode_stream
 from common import UserError
 from generate import stream
@@ -79,12 +79,20 @@ def save_audio(request, key, folder):
         path.write_bytes(base64.b64decode(request[key]["content"]))
     except (TypeError, KeyError, ValueError):
         raise UserError(f"{key}: must be an object with a name, and content in base64") from None
-    with contextlib.suppress(soundfile.LibsndfileError):  # sample.py reports files that are not audio
-        info = soundfile.info(path)
-        frames = info.frames or path.stat().st_size  # a header without a length: an upper bound
-        if frames > UPLOAD_SECONDS * info.samplerate or frames * info.channels > UPLOAD_SAMPLES:
-            raise UserError(f"{key} {path}: longer than {UPLOAD_SECONDS // 60} minutes; cut it")
+    if is_too_long(path):
+        raise UserError(f"{key} {path}: longer than {UPLOAD_SECONDS // 60} minutes; cut it")
     return str(path)
+
+
+def is_too_long(path):
+    if path.suffix.lower() in FFMPEG_SUFFIXES:  # the length is known only after decoding
+        return load_audio(path, 8000, samples=UPLOAD_SECONDS * 8000 + 1).shape[1] > UPLOAD_SECONDS * 8000
+    try:
+        info = soundfile.info(path)
+    except soundfile.LibsndfileError:  # sample.py reports files that are not audio
+        return False
+    frames = info.frames or path.stat().st_size  # a header without a length: an upper bound
+    return frames > UPLOAD_SECONDS * info.samplerate or frames * info.channels > UPLOAD_SAMPLES
 
 
 class Engine:
@@ -222,16 +230,18 @@ def make_app(engine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint of a run, such as best.pt; the page offers all of its folder")
+    parser.add_argument("checkpoint", help="a run's folder or a checkpoint; the page offers all of the folder")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 accepts other machines (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port (default 8000)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if there is one)")
     parser.add_argument("--codec_weights", help="the codec's weights, if they have moved since training")
+    parser.add_argument("--text_encoder_weights", help="T5's weights, if they have moved since training")
     args = parser.parse_args()
     if uvicorn is None:
         raise UserError("needs starlette and uvicorn; install them with: pip install starlette uvicorn")
     defaults = sample.parse_arguments([args.checkpoint])
-    defaults.device, defaults.codec_weights = args.device, args.codec_weights
+    for name in ("device", "codec_weights", "text_encoder_weights"):
+        setattr(defaults, name, getattr(args, name))
     app = make_app(Engine(defaults))
     try:
         listener = socket.create_server((args.host, args.port))
