@@ -1,6 +1,7 @@
 """Prepare music for training: encode audio files and write them as token shards, which data.py reads.
 
     python prepare.py MUSIC --out data/NAME      # a folder of audio or a JSONL manifest, see dataprep/tracks.py
+    python prepare.py MUSIC --out data/NAME --model out/NAME      # with a model's codec, to fine-tune this model
     python prepare.py check data/NAME            # report the contents and problems of a data set
     torchrun --nproc_per_node=8 prepare.py MUSIC --out data/NAME      # ranks share the work; the result is the same
 
@@ -26,7 +27,6 @@ import signal
 import sys
 import threading
 import uuid
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +35,12 @@ from tqdm import tqdm
 
 import common
 import distributed
-from audio import OTHER_SUFFIXES
+from audio import FFMPEG_SUFFIXES
 from codec import load_codec
 from common import UserError
 from dataprep.analysis import analyse_track
-from dataprep.report import check, checksum, find_damage, print_report
-from dataprep.shards import DATA_FORMAT, captions_of, read_meta
+from dataprep.report import check, checksum, find_damage, measure_reconstruction, print_report
+from dataprep.shards import DATA_FORMAT, captions_of, codec_of_model, read_meta, split_tracks
 from dataprep.tracks import TAGS, add_metadata, find_tracks, read_tags, train_tokenizer
 
 SHARD_FRAMES = 100_000_000
@@ -57,9 +57,10 @@ def main():
                         " DATA, to report on a prepared data set")  # fmt: skip
     parser.add_argument("--out", help="folder of the new data set")
     parser.add_argument("--replace", action="store_true", help="overwrite --out if it contains other data")
-    parser.add_argument("--codec", default="tiny", help="tiny (default), encodec_24khz[:1.5|3|6|12] or musicgen_32khz;"
+    parser.add_argument("--codec", help="tiny (default), encodec_24khz[:1.5|3|6|12] or musicgen_32khz;"
                         " any with :stereo")  # fmt: skip
-    parser.add_argument("--codec_weights", default="", help="file with the codec's weights")
+    parser.add_argument("--codec_weights", help="file with the codec's weights")
+    parser.add_argument("--model", help="checkpoint, or a run's folder, whose codec to use instead of --codec")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: one per core, or 4 per GPU)")
     parser.add_argument("--valid_fraction", type=float, default=0.05, help="share of tracks held out (default 0.05)")
     parser.add_argument("--min_seconds", type=float, default=1.0, help="shorter tracks are skipped (default 1)")
@@ -72,9 +73,14 @@ def main():
         sys.exit(1 if check(args.music[1]) else 0)
     if len(args.music) != 1 or not args.out:
         parser.error("give one folder or manifest, and --out; or: check DATA")
+    if args.model and args.codec:
+        raise UserError("--model: its checkpoint names the codec. Omit --codec")
+    codec, weights = args.codec or "tiny", args.codec_weights or ""
+    if args.model:
+        codec, weights = codec_of_model(args.model, weights)
     distributed.init_distributed(torch.device("cuda" if torch.cuda.is_available() else "cpu"), timeout=600)
     tags = [tag for tag in map(str.strip, args.tags.split(",")) if tag]
-    prepare(args.music[0], args.out, args.codec, args.codec_weights, workers=args.workers,
+    prepare(args.music[0], args.out, codec, weights, workers=args.workers,
             valid_fraction=args.valid_fraction, min_seconds=args.min_seconds, captions=not args.no_captions,
             vocab_size=args.vocab_size, tags=tags, replace=args.replace)  # fmt: skip
     distributed.cleanup_distributed()
@@ -97,6 +103,8 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
     digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     request = dict(music=os.path.realpath(music), tracks=digest, codec=codec.id, min_seconds=min_seconds,
                    valid_fraction=valid_fraction, captions=captions, vocab_size=vocab_size, tags=[*tags])  # fmt: skip
+    if any(Path(track["path"]).suffix.lower() in FFMPEG_SUFFIXES for track in tracks):
+        request["ffmpeg"] = shutil.which("ffmpeg") is not None  # skipped files can be read once it is installed
     distributed.check_same_on_all_ranks(**request)
     if (out / "meta.json").exists() and not replace:
         if read_meta(out).get("request") == request and not find_damage(out):
@@ -201,8 +209,6 @@ def encode_track(job):
     """
     track, folder, tags, min_seconds = job
     path, melody_from = track["path"], track["melody_from"]
-    if Path(path).suffix.lower() in OTHER_SUFFIXES:
-        return track, "", f"{Path(path).suffix} cannot be read. Convert it to FLAC or WAV"
     try:
         name = "-".join(sha256(file) for file in dict.fromkeys((path, melody_from)))
         file, cached = Path(folder, name[:2], f"{name}.npz"), {}
@@ -253,15 +259,7 @@ def read_cache(file, without=()):
     return {name: array if array.ndim else array.item() for name, array in arrays.items()}
 
 
-# --------------------------------------------------------------------------------------------------------- splits
-
-
-def split_tracks(tracks, valid_fraction):
-    """Return the names of held-out tracks: those whose hash is below the fraction, but never none or all tracks."""
-    hashes = {track["name"]: zlib.crc32(os.fsencode(track["name"])) for track in tracks}
-    ranked = sorted(hashes, key=lambda name: (hashes[name], name))
-    n = sum(value < valid_fraction * 2**32 for value in hashes.values())
-    return set(ranked[: min(max(1, n), len(ranked) - 1)])
+# ------------------------------------------------------------------------------------------------ writing the shards
 
 
 def write_data_set(work, out, kept, files, skipped, codec, valid_fraction, vocab_size, request):
@@ -279,8 +277,9 @@ def write_data_set(work, out, kept, files, skipped, codec, valid_fraction, vocab
     sizes = {split: dict(tracks=len(tracks), frames=sum(track["frames"] for track in tracks))
              for split, tracks in splits.items()}  # fmt: skip
     checksums = {path.name: checksum(path) for path in sorted(work.iterdir()) if is_data_set_file(path)}
-    common.write_json(work / "meta.json", dict(format=DATA_FORMAT, codec=codec.info(), **sizes, request=request,
-                                               checksums=checksums))  # fmt: skip
+    meta = dict(format=DATA_FORMAT, codec=codec.info(), **sizes, request=request, checksums=checksums,
+                reconstruction=measure_reconstruction(kept, files, codec))  # fmt: skip
+    common.write_json(work / "meta.json", meta)
     if out.exists():
         shutil.rmtree(out)  # a training run that uses it keeps its files open
     work.rename(out)
@@ -310,7 +309,8 @@ def write_split(folder, split, tracks, files, codec):
                 melody.write(arrays["melody"].tobytes())
                 for k, codes in enumerate(arrays["codes"].T):
                     counts[k] += np.bincount(codes, minlength=codec.card)
-                lines.write(json.dumps({**track, "first": first}) + "\n")
+                file_hash = int(Path(files[track["name"]]).stem[:15], 16)
+                lines.write(json.dumps({**track, "hash": file_hash, "first": first}) + "\n")
                 first += track["frames"]
                 bar.update()
     bar.close()

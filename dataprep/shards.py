@@ -1,9 +1,10 @@
 """Read and check the files of a prepared data set, data/NAME/.
 
-    meta.json                codec, sizes, checksums, and the request that made it
+    meta.json                codec, sizes, checksums, the request that made it, and `reconstruction`, see report.py
     train_000.npy            uint16 [frames, K]; a shard has at most 100 million frames, or one track
     train_000_melody.npy     uint8 [frames], the strongest pitch class of each frame, 12 for silence
-    train_000.jsonl          one line per track: name, path, first frame in the shard, frames, caption, metadata ...
+    train_000.jsonl          one line per track: name, path, file hash, first frame in the shard, frames, caption,
+                             metadata ...
     valid_000.*              the held-out tracks
     counts.npy               int64 [2, K, card], how often each code occurs in train and in valid
     tokenizer.model          SentencePiece, trained on the captions
@@ -16,15 +17,17 @@ import math
 import os
 import re
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 import codec
-from common import UserError, first_line
+from common import UserError, find_beside, first_line, load_checkpoint
 
 DATA_FORMAT = 2
+MIN_HELD_OUT = 10  # tracks that the metrics need; with fewer, chance decides
 
 
 def read_meta(folder):
@@ -44,6 +47,9 @@ def read_meta(folder):
             raise ValueError("the codec has no name or id")
         if type(meta.get("checksums", {})) is not dict:
             raise ValueError("checksums must be an object")
+        for name, *figures in meta.get("reconstruction", []):  # data sets of older versions have none
+            if type(name) is not str or [type(figure) for figure in figures] != [float, float]:
+                raise ValueError("reconstruction must be a list of a name and two figures per track")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: damaged or of another version ({first_line(error)}); prepare the data again"
@@ -72,7 +78,7 @@ def read_tracks(path, frames):
             has_schema = (
                 type(captions) is list and captions and type(track["metadata"]) is dict
                 and all(type(text) is str for text in (track["name"], track["path"], track["caption"], *captions))
-                and all(type(number) in (int, float) for number in numbers)
+                and all(type(number) in (int, float) for number in numbers) and type(track.get("hash", 0)) is int
                 and type(first) is type(frames_of_track) is int
             )  # fmt: skip
             if not has_schema:
@@ -139,6 +145,44 @@ class ArrayFile:
         if len(content) < size:
             raise UserError(f"{self.path}: shorter than when it was opened; prepare the data again")
         return np.frombuffer(content, self.dtype).reshape(-1, *self.shape[1:])
+
+
+def split_tracks(tracks, valid_fraction):
+    """Return the names of held-out tracks: those whose hash is below the fraction, but never none or all tracks."""
+    hashes = hash_names(tracks)
+    n = sum(value < valid_fraction * 2**32 for value in hashes.values())
+    return set(list(hashes)[: min(max(1, n), len(hashes) - 1)])
+
+
+def hash_names(tracks):
+    """Return {name of a track: 32-bit hash}, in the order of the hashes."""
+    hashes = {track["name"]: zlib.crc32(os.fsencode(track["name"])) for track in tracks}
+    return dict(sorted(hashes.items(), key=lambda item: (item[1], item[0])))
+
+
+def propose_fraction(tracks):
+    """Return (a --valid_fraction, the number of tracks that it holds out).
+
+    The number is MIN_HELD_OUT, or 1 of 3 tracks if there are fewer than 2 * MIN_HELD_OUT.
+    """
+    n = MIN_HELD_OUT if len(tracks) >= 2 * MIN_HELD_OUT else max(1, len(tracks) // 3)
+    value = list(hash_names(tracks).values())[n - 1]
+    for digits in range(2, 10):
+        fraction = (value * 10**digits // 2**32 + 1) / 10**digits
+        if len(split_tracks(tracks, fraction)) == n:
+            break
+    return fraction, len(split_tracks(tracks, fraction))
+
+
+def codec_of_model(checkpoint, weights=""):
+    """Return (name, weights) of the codec of a checkpoint. Raises UserError if the weights are not the model's."""
+    saved = load_checkpoint(checkpoint)
+    name = saved["codec"]["name"]
+    weights = weights or find_beside(saved["settings"]["codec_weights"], checkpoint)
+    if (loaded := codec.load_codec(name, weights).id) != saved["codec"]["id"]:
+        raise UserError(f"--model {checkpoint}: needs codec {saved['codec']['id']}, but {weights or name} is {loaded};"
+                        " pass its --codec_weights")  # fmt: skip
+    return name, weights
 
 
 def load_matching_codec(folder, name, weights=""):

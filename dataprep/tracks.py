@@ -7,6 +7,7 @@ music/jazz/a.mp3                  without any text: tags, folder names, estimate
 """
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -18,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import mutagen
+import mutagen.mp4
 import sentencepiece
 import soundfile
 
@@ -29,10 +31,12 @@ from dataprep.shards import captions_of
 MANIFESTS = ("data.jsonl", "data.jsonl.gz", "manifest.jsonl")  # read from a folder without audio
 MANIFEST_LINE = '{"path": "a.wav", "caption": "..."}'
 NOT_METADATA = "duration sample_rate file_extension amplitude weight info_path".split()  # of audiocraft's manifests
-TAGS = {  # names of a tag in ID3, Vorbis comments and libsndfile
-    "genre": ("TCON", "genre"), "title": ("TIT2", "title"), "mood": ("TMOO", "mood"), "bpm": ("TBPM", "bpm"),
-    "key": ("TKEY", "initialkey", "key"), "comment": ("COMM", "comment", "description"),
-    "artist": ("TPE1", "artist"), "album": ("TALB", "album"),
+TAGS = {  # names of a tag in ID3, in MP4, and in Vorbis comments and libsndfile
+    "genre": ("TCON", "©gen", "genre"), "title": ("TIT2", "©nam", "title"),
+    "mood": ("TMOO", "----:com.apple.iTunes:MOOD", "mood"), "bpm": ("TBPM", "tmpo", "bpm"),
+    "key": ("TKEY", "----:com.apple.iTunes:initialkey", "initialkey", "key"),
+    "comment": ("COMM", "©cmt", "comment", "description"),
+    "artist": ("TPE1", "©ART", "artist"), "album": ("TALB", "©alb", "album"),
 }  # fmt: skip
 
 
@@ -215,19 +219,22 @@ def read_tags(path, names):
     """Read the tags called `names` of an audio file: {name: text}, in this order. Unreadable tags are skipped."""
     if not names:
         return {}
-    try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:
-            libsndfile_tags = file.copy_metadata()
-        with open(path, "rb") as file:
-            tags = getattr(mutagen.File(file), "tags", None)
-    except (soundfile.LibsndfileError, mutagen.MutagenError, OSError):
-        return {}
+    libsndfile_tags, tags = {}, None
+    with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(os.fsencode(path)) as file:
+        libsndfile_tags = file.copy_metadata()
+    with contextlib.suppress(mutagen.MutagenError, OSError), open(path, "rb") as file:
+        tags = getattr(mutagen.File(file), "tags", None)
     texts_by_name = {}
     for name in names:
-        frame, *keys = TAGS[name]
+        frame, atom, *keys = TAGS[name]
         if hasattr(tags, "getall"):  # ID3
             frames = [tag for tag in tags.getall(frame) if not getattr(tag, "desc", "")]
             texts = [text for tag in frames for text in (tag.genres if frame == "TCON" else map(str, tag.text))]
+        elif isinstance(tags, mutagen.mp4.MP4Tags):
+            texts = [
+                value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+                for value in tags.get(atom, [])
+            ]
         else:
             texts = [text for key in keys for text in (tags or {}).get(key, [])]
         text = clean_text(", ".join(texts) or libsndfile_tags.get(keys[0], ""))

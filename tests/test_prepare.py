@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import mutagen
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import sentencepiece
 import soundfile
 import torch
-from conftest import Ranks
+from conftest import ROOT, Ranks
 
 import audio
 import common
@@ -29,9 +30,10 @@ from conditioning import chromagram, draw_conditions, strongest
 from config import Settings
 from data import TokenDataset
 from dataprep.analysis import KEYS, analyse, analyse_track, key_of, onset_strength, tempo_of
-from dataprep.report import check, find_damage
-from dataprep.shards import text_of
-from dataprep.tracks import find_tracks
+from dataprep.report import DEMO_FIGURES, check, compare, find_damage, measure_reconstruction, print_verdict
+from dataprep.shards import MIN_HELD_OUT, propose_fraction, split_tracks, text_of
+from dataprep.tracks import find_tracks, read_tags
+from demo import tiny
 
 TONE = 0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * 22_050) / 22_050)
 
@@ -234,7 +236,7 @@ def with_sharps(key):
 
 
 def test_check_reports_problems(dataset_copy, capsys):
-    assert check(dataset_copy) == 0 and "no problems" in capsys.readouterr().out
+    assert check(dataset_copy) == 0 and "no damage" in capsys.readouterr().out
     train = np.load(dataset_copy / "train_000.npy")
     train[300, 2] = 512
     np.save(dataset_copy / "train_000.npy", train)
@@ -253,6 +255,121 @@ def test_check_reports_problems(dataset_copy, capsys):
     (dataset_copy / "meta.json").write_text(json.dumps({**meta, "valid": meta["train"]}))
     assert check(dataset_copy) == 2 + 5 + meta["train"]["tracks"]
     assert "is the same music as" in capsys.readouterr().out
+
+
+# The verdict and the codec
+
+
+def test_the_proposed_fraction_holds_out_what_it_promises():
+    for n in (*range(2, 60), 300, 5000):
+        tracks = [dict(name=f"album {n}/{i}.mp3") for i in range(n)]
+        fraction, held_out = propose_fraction(tracks)
+        assert len(split_tracks(tracks, fraction)) == held_out and 0 < fraction <= 1
+        assert held_out == (MIN_HELD_OUT if n >= 20 else max(1, n // 3)) <= n / 2
+
+
+def test_a_command_line_with_the_proposed_fraction_ends_the_warning(command, tmp_path):
+    music, args = tmp_path / "music", ("--out", tmp_path / "out", "--workers", 1)
+    music.mkdir()
+    for number in range(21):
+        soundfile.write(music / f"{number}.wav", TONE[: 22_050 + 100 * number], 22_050)
+    status, printed = command(prepare, music, *args)
+    proposal = re.search(r"held-out tracks: \d\. .*with (--valid_fraction) (\S+) (--replace), .* 10 of 21\n", printed)
+    assert status == 0 and proposal, printed
+    assert command(prepare, "check", tmp_path / "out")[1].count(proposal[0]) == 1
+    _, printed = command(prepare, music, *args, *proposal.groups())
+    assert len(TokenDataset(tmp_path / "out", "valid").tracks) == 10 and "held-out tracks:" not in printed
+
+
+@pytest.mark.parametrize("minutes, n_train, n_valid, caption, n_skipped, lines", [
+    (14, 17, 1, "", 5, ["fine-tune demo/demo.pt", "not to train from scratch", "held-out tracks: 1.",
+                        "holds out 6 of 18 (to hold out 10, add tracks up to 20)",
+                        "no text can steer the model. Write captions into NAME.txt", "skipped: 5 of 23"]),
+    (9, 40, 10, "x", 0, ["enough to try the commands, too little to train on"]),
+    (300, 7, 2, "x", 1, ["enough to try the commands, too little to train on"]),
+    (300, 50, 10, "x", 6, ["fine-tune demo/demo.pt", "small model from scratch"]),
+    (6001, 50, 10, "x", 0, ["enough to train from scratch"]),
+    (14, 2, 1, "x", 0, ["too little to train on", "noisy. Add music (to hold out 10, add tracks up to 20)"]),
+])  # fmt: skip
+def test_the_verdict_names_what_the_data_is_enough_for(capsys, minutes, n_train, n_valid, caption, n_skipped, lines):
+    tracks = [dict(name=f"{number}.wav", caption=caption, metadata={}) for number in range(n_train + n_valid)]
+    splits = {split: SimpleNamespace(tracks=part, ends=[minutes * 30 * 50], frame_rate=50)
+              for split, part in (("train", tracks[n_valid:]), ("valid", tracks[:n_valid]))}  # fmt: skip
+    print_verdict(splits, "tiny", n_skipped)
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in lines), printed
+    assert ["held-out" in printed, "no captions" in printed, "skipped" in printed] == [
+        n_valid < 10, not caption, n_skipped == 5]  # fmt: skip
+
+
+def test_the_codec_is_compared_with_the_music_and_check_prints_it_without_either(dataset_copy, capsys):
+    """The toy corpus is like the demo's, so its figures are near those that the report compares with."""
+    meta = json.loads((dataset_copy / "meta.json").read_text())
+    names, errors, shares = zip(*meta["reconstruction"])
+    reference = [float(number) for number in re.findall(r"[\d.]+", DEMO_FIGURES)]
+    assert len(set(names)) == 8 and set(names) <= {track["name"] for track in tracks_of(dataset_copy)}
+    assert np.mean(errors) == pytest.approx(reference[0], abs=0.6)
+    assert np.mean(shares) == pytest.approx(reference[1] / 100, abs=0.2)
+    assert check(dataset_copy) == 0
+    printed = capsys.readouterr().out
+    assert f"codec: mean spectral error {np.mean(errors):.1f} dB" in printed and names[np.argmax(errors)] in printed
+    assert "16 kHz mono: nothing above 8 kHz, no stereo; not trained on voices" in printed
+    for changed in ({**meta, "reconstruction": []}, {key: meta[key] for key in meta if key != "reconstruction"}):
+        (dataset_copy / "meta.json").write_text(json.dumps(changed))
+        assert check(dataset_copy) == 0
+        assert "codec: not compared with this music" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rate", [16_000, 32_000])
+def test_a_gain_of_6_db_is_a_distance_of_6_db_at_any_rate(rate):
+    wav = torch.randn(2, rate, generator=torch.Generator().manual_seed(0))
+    assert compare(wav, wav, rate) == (0, 1)
+    assert compare(wav, wav / 2, rate) == (pytest.approx(6.02, abs=0.1), 1)
+
+
+def test_the_figures_do_not_depend_on_the_level_or_length_of_a_track_and_moved_files_are_left_out(tmp_path):
+    """A track with a peak above 1 is encoded at a peak of 1. The excerpt is the middle one."""
+    codec, rng = load_codec("tiny"), np.random.default_rng(0)
+    wav = np.convolve(rng.uniform(-1, 1, 20 * 16_000), [0.5, 0.5], "same")
+    wav /= np.abs(wav).max()
+    tracks, files = [], {}
+    for name, samples in (("a", wav), ("b", 2 * wav), ("short", wav[:100])):
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16_000, subtype="DOUBLE")
+        analysis = analyse_track(tmp_path / f"{name}.wav", tmp_path / f"{name}.wav", codec, tmp_path)
+        files[name] = tmp_path / f"{name}.npz"
+        np.savez(files[name], **analysis)
+        tracks.append(dict(name=name, path=str(tmp_path / f"{name}.wav"), frames=analysis["frames"]))
+    a, b, short = measure_reconstruction(tracks, files, codec)
+    middle = torch.from_numpy(wav[120_000:200_000]).float()[None]
+    assert a[1:] == b[1:] and a[0] == "a" and short[0] == "short"
+    assert a[1] == pytest.approx(compare(middle, codec.decode(codec.encode(middle[None]))[0], 16_000)[0], abs=0.1)
+    (tmp_path / "a.wav").rename(tmp_path / "moved.wav")
+    assert [name for name, *_ in measure_reconstruction(tracks, files, codec)] == ["b", "short"]
+
+
+def test_the_codec_of_a_model_is_used(command, toy_run, tmp_path):
+    """The run, trained with weights at a relative path, was moved. Its weights lie next to the checkpoint."""
+    music, run = make_folder(tmp_path), tmp_path / "run"
+    saved = torch.load(toy_run[0] / "best.pt", weights_only=True)
+    weights = torch.load(tiny.WEIGHTS, weights_only=True)
+    next(value for name, value in weights["model"].items() if name.endswith("bias")).add_(0.01)
+    run.mkdir()
+    torch.save(weights, run / "changed.pt")
+    saved["settings"]["codec_weights"] = "weights/changed.pt"
+    saved["codec"] = load_codec("tiny", run / "changed.pt").info()
+    torch.save(saved, run / "best.pt")
+    status, printed = command(prepare, music, "--out", tmp_path / "out", "--model", run, "--workers", 1)
+    assert status == 0, printed
+    assert TokenDataset(tmp_path / "out", "train").meta["codec"] == saved["codec"] != load_codec("tiny").info()
+    (run / "changed.pt").rename(tmp_path / "elsewhere.pt")
+    more = ("--codec_weights", tmp_path / "elsewhere.pt", "--replace")
+    assert command(prepare, music, "--out", tmp_path / "out", "--model", run, "--workers", 1, *more)[0] == 0
+    shutil.copy(tiny.WEIGHTS, run / "changed.pt")
+    for args, words in ((["--model", run / "best.pt"], [f"--model {run}", "needs codec", "--codec_weights"]),
+                        (["--model", run, "--codec", "tiny"], ["Omit --codec"]),
+                        (["--model", tmp_path / "none"], ["none: no such checkpoint"])):  # fmt: skip
+        status, printed = command(prepare, music, "--out", tmp_path / "other", *args)
+        assert status == 2 and len(printed.splitlines()) == 1 and all(word in printed for word in words), printed
 
 
 # Inputs of users
@@ -377,7 +494,33 @@ def test_every_audio_file_is_used_or_listed(tmp_path):
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["train"]["tracks"] + meta["valid"]["tracks"] == 9
     (skipped,) = map(json.loads, open(tmp_path / "out" / "skipped.jsonl"))
-    assert skipped["path"].endswith("e.m4a") and skipped["reason"].startswith(".m4a cannot be read. Convert it")
+    assert skipped["path"].endswith("e.m4a")
+    assert "ffmpeg" in skipped["reason"] and "convert" in skipped["reason"]  # with ffmpeg and without
+
+
+def test_m4a_files_are_encoded_where_ffmpeg_is_installed(fake_ffmpeg, tmp_path, capsys):
+    music, out = make_folder(tmp_path), tmp_path / "out"
+    tracks = {"a.m4a": TONE * 0.5, "b.aac": TONE * 0.3, "damaged.wma": TONE}
+    for name, wav in tracks.items():
+        soundfile.write(music / name, wav, 22_050, format="AU", subtype="FLOAT")
+    (music / "manifest.jsonl").write_text("".join(json.dumps({"path": name}) + "\n" for name in tracks))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")
+        with pytest.raises(UserError, match="0 usable tracks.*a.m4a: .*ffmpeg"):
+            prepare.prepare(music / "manifest.jsonl", out, workers=1)
+        prepare.prepare(music, out, workers=1)
+    assert sum(1 for _ in open(out / "skipped.jsonl")) == 3
+    prepare.prepare(music / "manifest.jsonl", tmp_path / "listed", workers=1)
+    meta = json.loads((tmp_path / "listed" / "meta.json").read_text())
+    assert (meta["train"]["tracks"], meta["valid"]["tracks"]) == (1, 1)
+    (skipped,) = map(json.loads, open(tmp_path / "listed" / "skipped.jsonl"))
+    assert skipped["path"].endswith("damaged.wma") and "partial file" in skipped["reason"]
+    with pytest.raises(UserError, match="--replace"):  # not "already prepared": more files can be read now
+        prepare.prepare(music, out, workers=1)
+    capsys.readouterr()
+    prepare.prepare(music, out, workers=1, replace=True)
+    prepare.prepare(music, out, workers=1)
+    assert "already prepared" in capsys.readouterr().out and sum(1 for _ in open(out / "skipped.jsonl")) == 1
 
 
 @pytest.mark.parametrize("channels, left, right", [
@@ -401,6 +544,14 @@ def tag(path, **tags):
     for key, value in tags.items():
         file[key] = value
     file.save()
+
+
+def test_tags_of_mp4_files_are_read():
+    """tone.m4a was written by ffmpeg, and tmpo, initialkey and MOOD by mutagen."""
+    names = ["genre", "title", "bpm", "key", "mood", "artist", "album"]
+    assert read_tags(ROOT / "tests" / "tone.m4a", names) == {
+        "genre": "Ambient", "title": "Tone in A", "bpm": "120", "key": "Am", "mood": "calm", "artist": "Nobody",
+    }  # fmt: skip
 
 
 def test_uncaptioned_tracks_use_tags_folders_tempo_and_key(tmp_path, capsys):
@@ -480,7 +631,7 @@ def test_the_report_names_problems_and_remedies(tmp_path, capsys):
     soundfile.write(music / "short.wav", TONE[:9000], 22_050)
     prepare.prepare(music, tmp_path / "out", workers=1)
     printed = capsys.readouterr().out
-    for line in ("skipped: 3 files, listed in", "  2: .m4a cannot be read. Convert it to FLAC or WAV (",
+    for line in ("skipped: 3 files, listed in", "  2: ", "ffmpeg", "to WAV or FLAC (",
                  "  1: 0.41 s long, shorter than 1.0 s (", "Clipped: 1 tracks, for example clipped.wav. Use a better",
                  "% silence\n  Much silence: a model learns", "Very different levels: a model learns",
                  "duplicates: 1 tracks, for example ", ". Remove one of each pair",
