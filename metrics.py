@@ -10,6 +10,7 @@ is decoded from its codes too, so the codec's losses are the same on both sides.
 Fréchet distance   between Gaussians of codec latents; FAD (arXiv:1812.08466) uses those of VGGish
 chroma similarity  mean cosine of the pitch classes, frame by frame, which compares melody and harmony
 caption adherence  how often a probe detects the attributes of the conditions: instrument, tempo ... (tools/probe.py)
+copying            share of clips that repeat training music nearly code for code (tools/copying.py)
 real-time factor   seconds of music generated per second
 
 Letters: N clips, K codebooks, T frames, T' chroma frames, D size of a vector.
@@ -36,7 +37,7 @@ from common import UserError
 from conditioning import SILENCE, chromagram
 from dataprep import shards
 from generate import cache_length, generate, load_model, optimize
-from tools import probe, tables
+from tools import copying, probe, tables, withhold
 
 PROBE_CLIPS = 600  # minimum number of real clips that the probe learns from, if there are so many
 FLOOR_DRAWS = 10  # maximum number of sets of real clips, whose Fréchet distances are averaged
@@ -115,14 +116,14 @@ def clip_frames(s, codec):
     return round((s.clip_seconds or s.segment) * codec.frame_rate)
 
 
-def read_clip(dataset, track, T):
-    """Read the first T frames of a track, or all of a shorter one: codes int64 [K, T]."""
-    return torch.from_numpy(dataset.codes(track, 0, T).T.astype(np.int64))
+def read_clip(dataset, track, T, start=0):
+    """Read T frames of a track, or the remaining ones if there are fewer: codes int64 [K, T]."""
+    return torch.from_numpy(dataset.codes(track, start, T).T.astype(np.int64))
 
 
-def read_conditions(dataset, tracks, T, s):
-    """Return the conditions of the tracks' first T frames, a list of dicts."""
-    _, conditions = dataset.collate(dataset.evaluation_items([(track, 0) for track in tracks], T, s), T)
+def read_conditions(dataset, places, T, s):
+    """Return the conditions of T frames from each (track, first frame), a list of dicts."""
+    _, conditions = dataset.collate(dataset.evaluation_items(places, T, s), T)
     return conditions
 
 
@@ -132,9 +133,9 @@ def measure_clips(codec, clips, measure, label="measuring"):
     return [measure(codec.decode(codes[None]).mean(1), codec.sample_rate).cpu() for codes in bar]
 
 
-def load(checkpoint, device):
+def load(checkpoint, device, text_encoder_weights=None):
     """Load a checkpoint's model to generate clips: in float32, or on a GPU in bfloat16 if it was trained in that."""
-    model, s, _ = load_model(checkpoint, device)
+    model, s, _ = load_model(checkpoint, device, text_encoder_weights)
     uses_bfloat16 = device.type == "cuda" and s.dtype == "bfloat16" and common.has_fast_bfloat16("cuda")
     return optimize(model, torch.bfloat16) if uses_bfloat16 else model
 
@@ -198,9 +199,10 @@ def generate_variants(model, variants, T, s):
     return generated, seconds
 
 
-def caption_adherence(codec, attributes, train_data, tracks, clips, T):
+def caption_adherence(codec, attributes, train_data, train_tracks, tracks, clips, T):
     """Return the `detection_rates` of clips, {name: clips for the tracks}. The probes learn from training clips."""
-    train_tracks = train_data.tracks[:: max(1, len(train_data.tracks) // PROBE_CLIPS)]
+    if not attributes:
+        return {}
     train_clips = [read_clip(train_data, track, T) for track in train_tracks]
     train_x = torch.cat(measure_clips(codec, train_clips, probe.features, "features of training clips"))
     x = {name: torch.cat(measure_clips(codec, clips[name], probe.features, f"features of {name}")) for name in clips}
@@ -214,41 +216,52 @@ def evaluate(checkpoint, codec, train_data, valid_data, s):
     fad, fad_real          Fréchet distance to the held-out clips: of generated clips; of training clips, the floor
     chroma, chroma_chance  similarity of a held-out clip to the clip generated for it; to the next clip. Only the
                            difference is meaningful, because noise, with equal pitches, is similar to anything
+    copied, copied_real    share of copies of training music: among generated clips; among held-out clips
     rtf                    seconds of music per second, on all ranks together, from conditions to codes
     adherence              {attribute: {"chance", "real", "cfg 3", "cfg 1", ..., "nothing"}}, shares of clips
     melody                 {"real", "cfg 3", ...: {"own", "shuffled"}}, chroma similarity to the given melody and to the
                            next clip's. {} for models without melody conditioning
+    withheld               reasons and remedies for the metrics that are None or {}; "" if all were measured
 
     "cfg 3" stands for the cfg of the settings; "real" is held-out music; "nothing" is generated without conditions.
-    adherence is {} without captions, or without attributes that training and held-out tracks share.
+    adherence is {} without captions, or without attributes that training and held-out tracks share. The shares of
+    copies are None if all clips are too short.
     """
-    model = load(checkpoint, codec.device)
-    T, tracks = clip_frames(s, codec), valid_data.tracks[: s.evaluate_clips]
-    conditions = read_conditions(valid_data, tracks, T, s)
-    attributes = probe.attributes_of(train_data) if any(map(shards.text_of, tracks)) else {}
+    model, T = load(checkpoint, codec.device, s.text_encoder_weights), clip_frames(s, codec)
+    places = [(track, 0) for track in valid_data.tracks[: s.evaluate_clips]]
+    if few_clips := withhold.few_clips(len(places), len(valid_data.tracks)):
+        places = valid_data.cut_into_segments(T, min(s.evaluate_clips, shards.MIN_HELD_OUT))  # for copying only
+    tracks, conditions = [track for track, _ in places], read_conditions(valid_data, places, T, s)
+    train_tracks = train_data.tracks[:: max(1, len(train_data.tracks) // PROBE_CLIPS)]
+    attributes = probe.attributes_of(train_data) if not few_clips and any(map(shards.text_of, tracks)) else {}
+    attributes, few_examples = withhold.few_examples(attributes, train_tracks, tracks)
     variants = make_variants(conditions, s)
     guided = next(iter(variants))
-    if not attributes and not s.melody:  # no measure would compare the other variants
+    if not attributes and (few_clips or not s.melody):  # no measure would compare the other variants
         variants = {guided: variants[guided]}
     generated, seconds = generate_variants(model, variants, T, s)
     if distributed.rank() > 0:
         return distributed.gather(None)[0]
 
-    held_out = [read_clip(valid_data, track, T) for track in tracks]
+    held_out = [read_clip(valid_data, track, T, start) for track, start in places]
     cut = {name: [clip[:, : real.shape[1]] for clip, real in zip(generated[name], held_out)] for name in generated}
     clips = {"real": held_out, **cut}
-    target = latent_gaussian(codec, held_out)
+    few_frames = withhold.few_frames(held_out, 2 * codec.dim)
+    target = None if few_clips or few_frames else latent_gaussian(codec, held_out)
     chroma = {name: measure_clips(codec, clips[name], chromagram, f"chroma of {name}")
-              for name in (clips if s.melody else ("real", guided))}  # fmt: skip
+              for name in (() if few_clips else clips if s.melody else ("real", guided))}  # fmt: skip
     result = {
         "clips": len(tracks),
-        "fad": frechet_distance(latent_gaussian(codec, clips[guided]), target),
-        "fad_real": frechet_floor(codec, train_data, held_out, target),
-        "chroma": mean_similarity(chroma["real"], chroma[guided]),
-        "chroma_chance": mean_similarity(chroma["real"], chroma[guided][1:] + chroma[guided][:1]),
+        "fad": frechet_distance(latent_gaussian(codec, clips[guided]), target) if target else None,
+        "fad_real": frechet_floor(codec, train_data, held_out, target) if target else None,
+        "chroma": mean_similarity(chroma["real"], chroma[guided]) if chroma else None,
+        "chroma_chance": mean_similarity(chroma["real"], chroma[guided][1:] + chroma[guided][:1]) if chroma else None,
+        "copied": copying.copied_share(clips[guided], train_data),
+        "copied_real": copying.copied_share(held_out, train_data),
         "rtf": len(tracks) * T / codec.frame_rate / seconds[guided],
-        "adherence": caption_adherence(codec, attributes, train_data, tracks, clips, T) if attributes else {},
+        "adherence": caption_adherence(codec, attributes, train_data, train_tracks, tracks, clips, T),
         "melody": {name: melody_similarity(chroma[name], conditions) for name in chroma} if s.melody else {},
+        "withheld": few_clips or " ".join(filter(None, (few_frames, few_examples))),
     }
     tables.print_results([result])
     return distributed.gather(result)[0]
@@ -260,9 +273,9 @@ def write_samples(checkpoint, codec, valid_data, step, s):
     Each caption gets a clip from its conditions alone, and one that continues the first quarter of the held-out music.
     This music and its decoded codes are written too. Return a dict of each clip's paths, relative to OUT, on rank 0.
     """
-    model = load(checkpoint, codec.device)
+    model = load(checkpoint, codec.device, s.text_encoder_weights)
     T, tracks, out = clip_frames(s, codec), valid_data.tracks[: s.samples], Path(s.out)
-    conditions = read_conditions(valid_data, tracks, T, s)
+    conditions = read_conditions(valid_data, [(track, 0) for track in tracks], T, s)
     held_out = [read_clip(valid_data, track, T) for track in tracks]
     prompt_frames = max(1, min(T // 4, *(clip.shape[1] for clip in held_out)))
     prompts = torch.stack([clip[:, :prompt_frames] for clip in held_out])
@@ -290,15 +303,16 @@ def write_samples(checkpoint, codec, valid_data, step, s):
     return clips
 
 
-def evaluate_run(run, clips, cfg, device):
+def evaluate_run(run, args, device):
     """Evaluate a run's best.pt, or a checkpoint: write metrics.json next to it, and return its content."""
     path = Path(run, "best.pt") if Path(run).is_dir() else Path(run)
-    _, s, codec_info = load_model(path)
-    s.evaluate_clips, s.cfg = clips, s.cfg if cfg is None else cfg
-    codec = shards.load_matching_codec(s.data, s.codec, s.codec_weights).to(device)
+    _, s, codec_info = load_model(path, text_encoder_weights=args.text_encoder_weights)
+    s.evaluate_clips, s.cfg = args.clips, s.cfg if args.cfg is None else args.cfg
+    codec = shards.load_matching_codec(s.data, s.codec, args.codec_weights or s.codec_weights).to(device)
     if codec.id != codec_info["id"]:
         raise UserError(f"{path}: trained with codec {codec_info['id']}, but {s.data} has {codec.id}; train again")
-    result = evaluate(path, codec, data.TokenDataset(s.data, "train"), data.TokenDataset(s.data, "valid"), s)
+    splits = (data.TokenDataset(s.data, split) for split in ("train", "valid"))
+    result = evaluate(path, codec, *splits, s)
     if distributed.rank() == 0:
         common.write_json(path.with_name("metrics.json"), result)
     return result
@@ -310,13 +324,15 @@ def main():
     parser.add_argument("--clips", type=int, default=200, help="held-out captions to generate for (default 200)")
     parser.add_argument("--cfg", type=float, help="guidance (default: the run's setting)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the accelerator, if there is one)")
+    parser.add_argument("--codec_weights", help="the codec's weights, if they have moved since training")
+    parser.add_argument("--text_encoder_weights", help="T5's weights, if they have moved since training")
     args = parser.parse_args()
     if args.clips < 1:
         raise UserError(f"--clips {args.clips}: must be at least 1")
     if args.cfg is not None and not abs(args.cfg) < 1e6:
         raise UserError(f"--cfg {args.cfg}: must be a number, such as 3")
     device = distributed.init_distributed(common.pick_device(args.device)[0], timeout=3600)
-    results = [evaluate_run(run, args.clips, args.cfg, device) for run in args.runs]
+    results = [evaluate_run(run, args, device) for run in args.runs]
     if len(results) > 1:
         tables.print_results(results)
     distributed.cleanup_distributed()

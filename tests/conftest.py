@@ -31,9 +31,11 @@ import config  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 from codec import load_codec  # noqa: E402
+from dataprep import shards  # noqa: E402
 from demo import corpus as demo_corpus  # noqa: E402
 from extras import compiler  # noqa: E402
 from model import MusicLM  # noqa: E402
+from tools import withhold  # noqa: E402
 
 slow = pytest.mark.slow
 needs_compiler = pytest.mark.skipif(not compiler.has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
@@ -215,6 +217,18 @@ def train_toy(command, dataset):
     return call
 
 
+@pytest.fixture
+def withhold_nothing(monkeypatch):
+    """Measure everything on the toy's few tracks."""
+    measure_few_tracks(monkeypatch.setattr)
+
+
+def measure_few_tracks(setattr=setattr):
+    setattr(shards, "MIN_HELD_OUT", 1)
+    setattr(withhold, "MIN_EXAMPLES", 1)
+    setattr(withhold, "FRAMES_PER_DIMENSION", 0)
+
+
 # --------------------------------------------------------------------------------------------------- data and runs
 
 
@@ -265,6 +279,24 @@ def all_conditions(toy_run, tmp_path_factory):
     path = tmp_path_factory.mktemp("conditions") / "all.pt"
     torch.save({**saved, "ema": model.state_dict()}, path)
     return path
+
+
+@pytest.fixture
+def fake_ffmpeg(tmp_path, monkeypatch):
+    """Put a program `ffmpeg` on the PATH, which decodes .AU files, whatever their suffix.
+
+    It reports an error before the first sample of "broken" files, and after the last sample of "damaged" files.
+    """
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ffmpeg").write_text("""#!/bin/sh
+        while [ "$1" != -i ]; do shift; done
+        case "$2" in *broken*) echo "[in#0 @ 0x55d9] moov atom not found" >&2; echo "second line" >&2; exit 183; esac
+        cat "${2#file:}"
+        case "$2" in *damaged*) echo "[in#0/mov,mp4 @ 0x55d9] stream 0, offset 0x30: partial file" >&2; esac
+    """)
+    (folder / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
 # ----------------------------------------------------------------------------------------------------- comparisons

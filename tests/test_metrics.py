@@ -20,11 +20,12 @@ import metrics
 import train
 from codec import load_codec
 from conditioning import chromagram
+from dataprep import shards
 from demo import corpus as demo_corpus
 from generate import generate, load_model
 from model import MusicLM
 from prepare import train_tokenizer
-from tools import probe, tables
+from tools import copying, probe, tables, withhold
 
 SHARES = ["chance", "real", "cfg 3", "cfg 1", "nothing"]
 
@@ -35,12 +36,12 @@ def codec():
 
 
 @pytest.fixture
-def evaluate(toy_run, codec, monkeypatch):
+def evaluate(toy_run, codec, withhold_nothing, monkeypatch):
     """Return a function that calls `metrics.evaluate` for the toy run, or for another model, on a data set."""
 
     def call(folder, change=lambda train, valid: None, model=None, **settings):
         toy, s, _ = load_model(toy_run[0] / "best.pt")
-        monkeypatch.setattr(metrics, "load_model", lambda path, device: (model or toy, s, None))
+        monkeypatch.setattr(metrics, "load_model", lambda path, device, text_encoder_weights: (model or toy, s, None))
         for key, value in {"evaluate_clips": 3, **settings}.items():
             setattr(s, key, value)
         train, valid = data.TokenDataset(folder, "train"), data.TokenDataset(folder, "valid")
@@ -176,17 +177,19 @@ def test_attributes_are_texts_with_2_to_7_values(dataset):
 
 
 def test_tracks_may_lack_attributes_or_have_other_types(dataset_copy, evaluate):
-    """An attribute is measured on the tracks that have it, and left out if no held-out track has it."""
+    """An attribute is measured on the tracks that have it, if two of its values occur in held-out tracks."""
 
     def remove_some(train, valid):
         for i, track in enumerate(train.tracks + valid.tracks):
             track["metadata"] = [{"genre": "jazz", "mood": 3}, {"genre": "rock"}, {"genre": 7}, {}][i % 4]
-        for track in valid.tracks[:1]:
-            track["metadata"] = {"genre": "rock"}
+        for track, genre in zip(valid.tracks, ("rock", "jazz", 5)):
+            track["metadata"] = {"genre": genre}
         train.tracks[0]["metadata"] = {"only_in_training": "a"}
         train.tracks[1]["metadata"] = {"only_in_training": "b", "genre": "rock"}
 
-    table = evaluate(dataset_copy, remove_some, evaluate_clips=2)["adherence"]
+    result = evaluate(dataset_copy, remove_some)
+    table = result["adherence"]
+    assert "only_in_training" in result["withheld"] and "genre" not in result["withheld"]
     assert list(table) == ["genre"] and list(table["genre"]) == SHARES and 0 <= table["genre"]["real"] <= 1
 
 
@@ -220,10 +223,9 @@ def test_silence_has_features():
 
 def test_evaluate(dataset, evaluate, capsys):
     result = evaluate(dataset)
-    assert (
-        list(result) == "clips fad fad_real chroma chroma_chance rtf adherence melody".split() and result["clips"] == 3
-    )
-    numbers = [value for key, value in result.items() if key not in ("adherence", "melody")]
+    keys = "clips fad fad_real chroma chroma_chance copied copied_real rtf adherence melody withheld".split()
+    assert list(result) == keys and result["clips"] == 3
+    numbers = [result[key] for key in keys[:5] + ["rtf"]]
     numbers += [share for row in result["adherence"].values() for share in row.values()]
     assert all(math.isfinite(value) and value >= 0 for value in numbers) and result["rtf"] > 0
     assert {"instrument", "drums"} <= set(result["adherence"]) and list(result["adherence"]["drums"]) == SHARES
@@ -306,7 +308,7 @@ def test_without_attributes_or_captions(missing, dataset_copy, evaluate, capsys)
             track["metadata"] = {"bpm": 120.0} if missing in ("attributes", "both") else track["metadata"]
             track["caption"] = "" if missing in ("captions", "both") else track["caption"]
 
-    result = evaluate(dataset_copy, strip, evaluate_clips=2)
+    result = evaluate(dataset_copy, strip)
     if missing == "captions":  # the metadata replaces the captions
         assert set(result["adherence"]) >= {"instrument", "tempo", "mode", "texture", "drums"}
         return
@@ -316,11 +318,120 @@ def test_without_attributes_or_captions(missing, dataset_copy, evaluate, capsys)
 
 def test_one_clip_and_more_clips_than_held_out_tracks(dataset, evaluate):
     one = evaluate(dataset, evaluate_clips=1)
-    assert one["clips"] == 1 and all(
-        math.isfinite(value) for key, value in one.items() if key not in ("adherence", "melody")
-    )
+    assert one["clips"] == 1 and all(math.isfinite(one[key]) for key in ("fad", "fad_real", "chroma", "rtf"))
+    assert one["copied"] is one["copied_real"] is None, "they are shorter than 4 s"
+    assert one["adherence"] == {} and "instrument" in one["withheld"], "one clip has one value, so chance would be 1"
     tracks = len(data.TokenDataset(dataset, "valid").tracks)
     assert evaluate(dataset, evaluate_clips=tracks + 5)["clips"] == tracks
+
+
+def test_few_held_out_tracks_withhold_quality_and_still_show_copying(dataset, evaluate, monkeypatch, capsys):
+    """Then the clips are segments of all held-out tracks, and only clips with all conditions are generated."""
+    monkeypatch.setattr(shards, "MIN_HELD_OUT", 4)
+    train, valid = data.TokenDataset(dataset, "train"), data.TokenDataset(dataset, "valid")
+    assert len(valid.tracks) == 3
+    names, generate_many = [], metrics.generate_many
+    monkeypatch.setattr(metrics, "generate_many", lambda *args: names.append(args[5]) or generate_many(*args))
+    for clips in (60, 2):
+        result = evaluate(dataset, model=Replay(train), evaluate_clips=clips, clip_seconds=5.0, melody=True)
+        assert {key for key in result if result[key] is None} == {"fad", "fad_real", "chroma", "chroma_chance"}
+        assert result["adherence"] == result["melody"] == {} and result["clips"] == min(clips, 4)
+        assert result["copied"] == 1 and result["rtf"] > 0 and "--valid_fraction" in result["withheld"]
+        assert json.loads(json.dumps(result, allow_nan=False)) == result
+        assert result["withheld"] in capsys.readouterr().out
+    assert set(names) == {"cfg 3"}
+    monkeypatch.setattr(shards, "MIN_HELD_OUT", 3)
+    assert None not in [evaluate(dataset)[key] for key in ("fad", "fad_real", "chroma")]
+    result = evaluate(dataset, evaluate_clips=2)
+    assert result["fad"] is None and "3 clips" in result["withheld"], "there are enough tracks, but not clips"
+
+
+def test_a_gaussian_of_few_frames_and_an_attribute_with_few_examples_are_withheld(dataset, evaluate, monkeypatch):
+    monkeypatch.setattr(withhold, "FRAMES_PER_DIMENSION", 10)
+    monkeypatch.setattr(withhold, "MIN_EXAMPLES", 4)
+    result = evaluate(dataset)
+    assert result["fad"] is result["fad_real"] is None and 0 <= result["chroma"] <= 1
+    assert "150 frames" in result["withheld"] and "128 dimensions" in result["withheld"]
+    assert "instrument" in result["withheld"] and "instrument" not in result["adherence"]
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_attributes_need_two_values_that_both_splits_have():
+    tracks = {name: [dict(metadata=dict(key=name))] for name in ("a", "b", "rare")}
+    train_tracks, values = 10 * tracks["a"] + 10 * tracks["b"] + 9 * tracks["rare"], {"key": ["a", "b", "rare"]}
+    chosen, reason = withhold.few_examples(values, train_tracks, 9 * tracks["a"] + tracks["b"])
+    assert chosen == {"key": ["a", "b"]} and reason == ""
+    for held_out in (8 * tracks["a"] + tracks["b"], 20 * tracks["a"], 9 * tracks["a"] + tracks["rare"]):
+        chosen, reason = withhold.few_examples(values, train_tracks, held_out)
+        assert chosen == {} and "key" in reason
+
+
+# Copying
+
+
+def read_all(split):
+    return [metrics.read_clip(split, track, track["frames"]) for track in split.tracks]
+
+
+def change(codes, share, rng):
+    """Change this share of the codes, each to another one."""
+    is_changed = torch.from_numpy(rng.permutation(codes.shape[1]) < share * codes.shape[1])
+    return torch.where(is_changed, (codes + 1) % 512, codes)
+
+
+def test_excerpts_of_training_music_are_copies(dataset):
+    """From any frame, with 5 % of the codes changed, and with other music before and after it."""
+    train, rng = data.TokenDataset(dataset, "train"), np.random.default_rng(0)
+    tracks = read_all(train)
+    noise = torch.from_numpy(rng.integers(512, size=(4, 70)))
+    for start in (0, 13, 57):
+        cut = [track[:, start : start + 220] for track in tracks]
+        assert copying.copied_share(cut, train) == 1
+        assert copying.copied_share([change(clip, 0.05, rng) for clip in cut], train) == 1
+        assert copying.copied_share([torch.cat([noise, clip, noise], 1) for clip in cut], train) == 1
+        assert copying.copied_share([change(clip, 0.3, rng) for clip in cut], train) == 0
+
+
+def test_random_codes_and_joined_halves_are_no_copies(dataset):
+    """No track has more than half of the window: the last 2 s of a track and the first 2 s of the next one."""
+    train, rng = data.TokenDataset(dataset, "train"), np.random.default_rng(0)
+    clips = [torch.from_numpy(rng.integers(512, size=(4, 400))) for _ in range(5)]
+    tracks = [track[0] for track in read_all(train)]
+    joined = [torch.cat([a[-100:], b[:100]]).expand(4, -1) for a, b in zip(tracks, tracks[1:])]
+    assert copying.copied_share(clips, train) == 0
+    assert copying.copied_share(joined, train) == 0
+    assert copying.copied_share(clips + joined + [tracks[0].expand(4, -1)], train) == 1 / (len(clips + joined) + 1)
+
+
+def test_clips_shorter_than_the_window_do_not_count(dataset):
+    train = data.TokenDataset(dataset, "train")
+    copy = read_all(train)[0]
+    noise = torch.from_numpy(np.random.default_rng(0).integers(512, size=(4, 300)))
+    assert copying.copied_share([copy[:, :199]], train) is None and copying.copied_share([], train) is None
+    assert copying.copied_share([copy[:, :199], noise, copy[:, :200]], train) == 0.5
+    assert copying.copied_share([copy[:, :199]], train, seconds=3.0) == 1
+
+
+def test_silence_and_held_sounds_are_no_copies(dataset_copy):
+    path = dataset_copy / "train_000.npy"
+    codes = np.load(path)
+    codes[:300], codes[300:600] = 7, np.arange(300)[:, None] % 5 + 20  # a sound that changes among 5 codes
+    np.save(path, codes)
+    train = data.TokenDataset(dataset_copy, "train")
+    silence, held = (torch.from_numpy(codes[first : first + 250].T.astype(np.int64)) for first in (0, 310))
+    assert copying.copied_share([silence, held], train) == 0
+    music = torch.from_numpy(codes[-250:].T.astype(np.int64))
+    assert copying.copied_share([torch.cat([silence, music], 1)], train) == 1
+
+
+def test_large_data_sets_are_read_in_parts(dataset, monkeypatch):
+    """Parts of a long track overlap. Of more music than MAX_HOURS, evenly spread tracks are read."""
+    train = data.TokenDataset(dataset, "train")
+    cut = [track[:, start : start + 200] for track, start in zip(read_all(train), range(0, 100, 7))]
+    monkeypatch.setattr(copying, "CHUNK", 30)
+    assert copying.copied_share(cut, train) == 1
+    monkeypatch.setattr(copying, "MAX_HOURS", train.ends[-1] / 50 / 3600 / 2)
+    assert copying.copied_share(cut[::2], train) == 1 and copying.copied_share(cut, train) < 1
 
 
 @pytest.mark.parametrize("ranks", [2, 5])
@@ -368,7 +479,7 @@ def test_batches_of_clips_equal_clips_generated_one_by_one(toy_run, monkeypatch)
 def test_a_model_trained_in_bfloat16_generates_in_it_on_a_gpu(device, dtype, toy_run, monkeypatch):
     model, s, _ = load_model(toy_run[0] / "best.pt")
     s.dtype = "bfloat16" if device == "cpu" else dtype
-    monkeypatch.setattr(metrics, "load_model", lambda path, device: (model, s, None))
+    monkeypatch.setattr(metrics, "load_model", lambda path, device, text_encoder_weights: (model, s, None))
     monkeypatch.setattr(common, "has_fast_bfloat16", lambda kind: True)
     assert metrics.load("best.pt", torch.device(device)).heads.weight.dtype == getattr(torch, dtype)
 
@@ -384,7 +495,7 @@ def test_the_caches_of_a_batch_stay_within_2_gib():
     assert metrics.clips_per_batch(small) == 2**31 // (groups * 2 * 24 * 1536 * 256 * 2) == 28
 
 
-def test_the_command_line(toy_run, tmp_path, command):
+def test_the_command_line(toy_run, tmp_path, command, withhold_nothing):
     (tmp_path / "best.pt").write_bytes((toy_run[0] / "best.pt").read_bytes())
     status, output = command(metrics, tmp_path, "--clips", 2, "--device", "cpu")
     assert status == 0 and "Fréchet" in output and "real-time factor" in output, output
@@ -401,7 +512,7 @@ def test_the_command_line(toy_run, tmp_path, command):
 def make_result(fad, share, melody=None):
     adherence = {"drums": {"chance": 0.5, "real": 0.8, "cfg 3": share}}
     return dict(clips=25, fad=fad, fad_real=2.0, chroma=0.5, chroma_chance=0.4, rtf=3.0, adherence=adherence,
-                melody=melody or {})  # fmt: skip
+                melody=melody or {}, copied=0.25, copied_real=None, withheld="")  # fmt: skip
 
 
 def test_the_table_of_one_result(capsys):
@@ -424,7 +535,16 @@ def test_means_and_standard_errors_over_runs(capsys):
     assert "1.00 ± 0.07" in printed  # 0.1 / 0.8 / sqrt(3), of the ratio to real music
 
 
-def test_clips_may_be_longer_than_the_trained_length(dataset, tmp_path, command):
+def test_the_table_without_the_measures_that_are_withheld(capsys):
+    withheld = dict.fromkeys(("fad", "fad_real", "chroma", "chroma_chance"))
+    result = make_result(None, 0) | withheld | dict(adherence={}, withheld="too few: add tracks")
+    tables.print_results([result, result])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "copies of training music 0.25 ± 0.00" in printed and printed.count("too few: add tracks") == 1
+    assert not any(word in printed for word in ("Fréchet", "chroma", "None", "of real music"))
+
+
+def test_clips_may_be_longer_than_the_trained_length(dataset, tmp_path, command, withhold_nothing):
     args = [*TOY, f"--data={dataset}", f"--out={tmp_path}", "--positions=rope", "--clip_seconds=1.8"]
     assert command(train, *args, "--evaluate_clips=2")[0] == 0
     (clip,) = lines(tmp_path / "history.jsonl")[-2]["clips"]

@@ -13,7 +13,7 @@ import soundfile
 
 import common
 from audio import draw_spectrogram
-from tools import report
+from tools import report, summary
 
 EVIL = '</script><img src=x onerror=alert(1)> "quoted" & ünïcode'
 NAME = 'x <u>#1 "%41'  # of the audio files
@@ -106,6 +106,83 @@ def test_the_page_shows_all_numbers_curves_settings_and_code(run):
     assert "width:25.00%" in page.all("span", "style") and "prompt 0.25 s" in page.text
 
 
+def valid(*ce, **other):
+    return [dict(step=100 * i, stage="valid", ce=value, gain=0.08, **other) for i, value in enumerate(ce)]
+
+
+def train(*ce):
+    return [dict(step=100 * i, stage="train", ce=value) for i, value in enumerate(ce, 1)]
+
+
+def one_sentence(history, start):
+    (sentence,) = (sentence for sentence in summary.summarize(history) if sentence.startswith(start))
+    return sentence
+
+
+def test_the_gain_counts_from_two_standard_errors_on():
+    matters = one_sentence(valid(6.0, 4.0, gain_se=0.01, tracks=12), "Captions matter")
+    assert "0.080 ± 0.010 nats" in matters and "step 100" in matters
+    assert "0.080 ± 0.050" in one_sentence(valid(6.0, 4.0, gain_se=0.05, tracks=12), "No sign that captions matter")
+    harmful = [line | dict(gain=-0.08) for line in valid(6.0, 4.0, gain_se=0.01, tracks=12)]
+    assert "by 0.080 ± 0.010" in one_sentence(harmful, "Captions harm")
+    for older in (valid(6.0, 4.0), valid(6.0, 4.0, gain_se=None, tracks=12)):
+        assert "0.080 nats" in one_sentence(older, "With captions") and "±" not in summary.summarize(older)[0]
+    (sentence,) = summary.summarize(valid(6.0, 4.0, gain_se=0.01, tracks=12), "captions, melodies")
+    assert sentence.startswith("Captions, melodies matter")
+    best = [line | dict(gain=line["ce"]) for line in valid(6.0, 4.0, 5.0, gain_se=0.01, tracks=12)]
+    assert "4.000" in one_sentence(best, "Captions matter"), "of the step whose weights best.pt has"
+
+
+def test_overfitting_is_a_validation_loss_that_rises_above_the_training_loss():
+    sentence = one_sentence(valid(6.0, 4.0, 3.5, 3.8, 4.2) + train(5.0, 4.0, 3.0, 2.0), "Overfitting since step 200")
+    assert all(number in sentence for number in ("3.500", "4.200", "2.000"))
+    for ce in ((6.0, 4.0), (6.0, 4.0, 4.01), (6.0, 4.5, 4.0, 4.015)):
+        assert "training loss is 2.000" in one_sentence(valid(*ce) + train(3.0, 2.0), "No overfitting")
+    assert "lower --lr" in one_sentence(valid(6.0, 3.0, 4.0) + train(5.0, 4.5), "No overfitting, but since step 100")
+    assert "6.000" in one_sentence(valid(3.0, 6.0) + train(2.0), "Overfitting since step 0"), "a fine-tuning"
+
+
+def test_copying_is_compared_with_held_out_music():
+    def evaluated(copied, real, clips, **other):
+        return [dict(step=1, stage="evaluate", clips=clips, copied=copied, copied_real=real, **other)]
+
+    copying = one_sentence(evaluated(0.6, 0.05, 200), "Copying")
+    assert "60 % of the 200 generated clips" in copying and "5 % of held-out" in copying
+    for shares in ((0.03, 0.05, 200), (0.0, 0.0, 10), (1.0, 1.0, 10)):
+        assert one_sentence(evaluated(*shares), "No sign of copying")
+    assert one_sentence(evaluated(1.0, 0.0, 1), "Too few clips to judge copying")
+    for shares in ((0.05, 0.03, 200), (0.3, 0.0, 10)):
+        assert one_sentence(evaluated(*shares), "No clear sign of copying")
+    assert one_sentence(evaluated(0.4, 0.0, 10), "Copying")
+    assert summary.summarize(evaluated(None, None, 3)) == []
+    assert summary.summarize(evaluated(None, None, 3, withheld="few: add tracks")) == ["few: add tracks"]
+
+
+def test_a_history_without_numbers_has_no_summary():
+    old = [dict(step=5, stage="evaluate", fad=3.0), dict(step=5, stage="commit"), dict(step=7, ce=3.0)]
+    for history in ([], old, valid(6.0), train(3.0), [line | dict(ce=float("nan")) for line in valid(1.0, 2.0)]):
+        assert summary.summarize(history) == []
+
+
+def test_the_page_starts_with_the_summary_and_does_not_show_what_is_withheld(run):
+    lines = [json.loads(line) for line in open(run / "history.jsonl")]
+    for line in lines:
+        if line["stage"] == "evaluate":
+            line |= dict.fromkeys(("fad", "fad_real", "chroma", "chroma_chance"))
+            line |= dict(adherence={}, melody={}, copied=0.25, copied_real=0.125, withheld="few <b>: add tracks")
+    lines += train(5.0, 2.5)
+    (run / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(report.write(run)).text
+    shown = text[text.index("What this run shows") : text.index("progress")]
+    for part in ("With captions", "Overfitting since step 3", "25 % of the 8 generated", "few <b>: add tracks"):
+        assert part in shown, part
+    headlines = text[text.index("progress") : text.index("Glossary")]
+    assert "copied clips0.250" in headlines and "held-out music 0.125" in headlines
+    assert not any(name in headlines for name in ("Fréchet", "chroma", "adherence", "None", "nan"))
+    for word in ("unigram", "conditioning gain", "nats"):
+        assert word in text[text.index("Glossary") :]
+
+
 def test_each_epoch_has_captions_players_and_pictures_newest_first(run):
     page = Page(report.write(run))
     kinds = [("audio", ".wav"), ("img", ".png")] if importlib.util.find_spec("PIL") else [("audio", ".wav")]
@@ -167,7 +244,8 @@ def test_epoch_means_of_the_training_loss_are_no_validation(run):
         (run / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in order))
         page = Page(report.write(run))
         assert page.all("polyline") == old.all("polyline") and page.all("svg") == old.all("svg")
-        assert page.text.count("0.123") == page.text.count("0.456") == 1 and "train_ce" in page.text
+        table = page.text[page.text.rindex("Metrics by epoch") :]
+        assert table.count("0.123") == table.count("0.456") == 1 and "train_ce" in table
         for number in ("best validation loss4.321", "4.567"):
             assert number in page.text and number in old.text
     assert "train_ce" not in old.text
@@ -180,7 +258,8 @@ def test_logs_of_an_older_version_and_a_run_without_logs(run):
     evaluate = dict(step=10, epoch=1, stage="evaluate", adherence={})
     (run / "history.jsonl").write_text(f"{json.dumps(valid)}\n{json.dumps(evaluate)}\n")
     text = Page(report.write(run)).text
-    assert "no git commit" in text and "no samples" in text and "5.432" in text and "adherence" not in text
+    assert "no git commit" in text and "no samples" in text and "5.432" in text
+    assert "caption adherence" not in text[: text.index("Glossary")]
     for name in ("metrics.jsonl", "history.jsonl"):
         (run / name).unlink()
     page = Page(report.write(run))

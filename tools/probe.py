@@ -67,14 +67,12 @@ def detection_rates(attributes, train_tracks, train_x, tracks, x):
     """Return the share of clips in which a probe detects the track's attribute: {attribute: {"chance", name ...}}.
 
     The probes learn from train_x [N, F] of train_tracks. x: {name: features of a clip for each of `tracks`}. "chance"
-    always predicts the commonest class. Tracks without an attribute are left out, and so are attributes without tracks.
+    always predicts the commonest class. Tracks without one of the classes are left out.
     """
     table = {}
     for attribute, classes in attributes.items():
         train_rows, rows = ([i for i, track in enumerate(split) if track["metadata"].get(attribute) in classes]
                             for split in (train_tracks, tracks))  # fmt: skip
-        if not train_rows or not rows:
-            continue
         probe = Probe(train_x[train_rows], [train_tracks[i]["metadata"][attribute] for i in train_rows], classes)
         labels = [tracks[i]["metadata"][attribute] for i in rows]
         chance = max(map(labels.count, classes)) / len(labels)

@@ -1,4 +1,4 @@
-"""Write the report page of a run, OUT/index.html: samples to play, curves, metrics, settings and code.
+"""Write the report page of a run, OUT/index.html: a summary, samples to play, curves, metrics, settings and code.
 
     python -m tools.report out/demo        # train.py does the same after each epoch
 
@@ -25,6 +25,7 @@ import common
 from audio import draw_spectrogram
 from common import UserError, first_line
 from log import read_log
+from tools.summary import lines_of_stage, summarize
 
 TEMPLATE = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
 MAX_OPEN = 12  # a list of more epochs is folded
@@ -36,6 +37,7 @@ METRICS = (  # title, unit, key in the history, {key of a value to compare with:
     ("caption adherence", "share of clips", "adherence", {"adherence_chance": "chance", "adherence_real": "real"}),
     ("Fréchet audio distance", "codec latents", "fad", {"fad_real": "real against real"}),
     ("chroma similarity", "to the reference", "chroma", {"chroma_chance": "chance"}),
+    ("copied clips", "share of clips", "copied", {"copied_real": "held-out music"}),
 )
 TRAINING = (  # title, unit, key in either log
     ("learning rate", "", "lr"),
@@ -56,10 +58,6 @@ def summarize_adherence(line):
         for key, column in (("adherence", guided), ("adherence_chance", "chance"), ("adherence_real", "real")):
             line[key] = statistics.fmean(row[column] for row in rows)
     return line
-
-
-def lines_of_stage(history, stage):
-    return [line for line in history if line.get("stage") == stage]
 
 
 def points(lines, key):
@@ -270,6 +268,13 @@ def metrics_tables(history):
     return html + fold("epochs", len(rows), table([*rows.values()][::-1]))
 
 
+def summary(s, history):
+    """Return the sentences about the run as a list, under a heading."""
+    conditions = "captions" + ", melodies" * bool(s.get("melody")) + ", styles" * bool(s.get("style"))
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in summarize(history, conditions))
+    return f'<h2>What this run shows</h2><ul class="summary">{items}</ul>' if items else ""
+
+
 def make_page(out):
     config = out / "config.json"
     s = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
@@ -284,6 +289,7 @@ def make_page(out):
         "name": escape(out.resolve().name),
         "version": f"git {escape(commit[:10])}, {changes}" if commit else "no git commit recorded",
         "time": time.strftime("%Y-%m-%d %H:%M"),
+        "summary": summary(s, history),
         "tiles": tiles(s, metrics, history),
         "samples": samples(out, history),
         "charts": charts(metrics, history),

@@ -7,6 +7,8 @@ TITLES = {
     "fad_real": "  of real music",
     "chroma": "chroma similarity to held-out music",
     "chroma_chance": "  by chance",
+    "copied": "share of copies of training music",
+    "copied_real": "  of real music",
     "rtf": "real-time factor",
 }
 
@@ -29,14 +31,16 @@ def print_results(results):
     runs = f"mean and standard error over {len(results)} runs, " if len(results) > 1 else ""
     print(f"\n{runs}{clips} clips generated for held-out conditions")
     for key, title in TITLES.items():
-        print(f"{title:36}{cell([result[key] for result in results]):>15}")
+        values = [result[key] for result in results]
+        if None not in values:
+            print(f"{title:36}{cell(values):>15}")
     columns = {name: [add_ratio(result["adherence"][name]) for result in results] for name in results[0]["adherence"]
                if all(name in result["adherence"] for result in results)}  # runs may differ in their data  # fmt: skip
     if columns:
         print("\nadherence: share of clips in which a probe detects the attribute of the conditions")
         print(f"standard error of a share from {clips} clips: at most {0.5 / clips**0.5:.2f}")
-    else:
-        print("caption adherence: not measured, because a split has no captions or no attributes")
+    elif not results[0].get("withheld"):
+        print("caption adherence: not measured, because no attribute has 2 to 7 values")
     if all(melodies):
         print("melody: chroma similarity to the melody of the conditions; shuffled: to another clip's melody")
         for key, title in (("own", "melody"), ("shuffled", "shuffled")):
@@ -48,3 +52,4 @@ def print_results(results):
                  for column in columns.values()]  # runs may differ in their guidance  # fmt: skip
         if any(cells):
             print(f"{name:18}" + "".join(f"{text:>15}" for text in cells))
+    print("\n".join(dict.fromkeys(result["withheld"] for result in results if result["withheld"])))
