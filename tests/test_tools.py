@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import re
 import sys
 import types
@@ -16,9 +17,12 @@ import torch
 from conftest import TOY as SMALL
 from models import PIANO, make_model
 
+import common
 import config
 import data
+import train
 from config import Settings
+from extras.lora import add_lora
 from model import Block
 from tools import bench, estimate, figures, learn, peers
 from tools.estimate import activation_bytes
@@ -159,9 +163,14 @@ def test_bad_input_is_refused(command):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_estimated_activations_are_those_that_autograd_stores(dtype):
-    B, S, D, stored = 2, 200, 128, {}
-    block = Block(D, n_heads=2)
+@pytest.mark.parametrize("trained", ["all", "none", "lora"])
+def test_estimated_activations_are_those_that_autograd_stores(dtype, trained):
+    B, S, D, stored = 2, 600, 128, {}  # a CPU's attention stores an S x S matrix in bfloat16 up to 512 positions
+    block = Block(D, n_heads=2).requires_grad_(trained == "all")
+    if trained == "lora":
+        add_lora([block], 4, 4.0, ["qkv", "attn_out", "cross_q", "cross_kv", "cross_out"])
+        for name, p in block.named_parameters():
+            p.requires_grad_(".lora_" in name)
     x, states, mask = torch.randn(B, S, D, requires_grad=True), torch.randn(B, 4, D), torch.ones(B, 1, 1, 4) > 0
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
 
@@ -175,7 +184,7 @@ def test_estimated_activations_are_those_that_autograd_stores(dtype):
     is_cast = dtype != torch.float32
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype, enabled=is_cast):
         block(x, states, mask)
-    assert sum(stored.values()) == pytest.approx(B * activation_bytes(D, S, dtype.itemsize), rel=0.05)
+    assert sum(stored.values()) == pytest.approx(B * activation_bytes(block, S, dtype.itemsize), rel=0.05)
 
 
 def test_estimate_of_known_sizes_without_allocation(command, tmp_path, monkeypatch):
@@ -186,18 +195,122 @@ def test_estimate_of_known_sizes_without_allocation(command, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
     settings = Settings(dim=1024, heads=16, layers=24, codec="musicgen_32khz", data=str(tmp_path), segment=30, steps=10,
                         batch_size=8, dtype="bfloat16")  # fmt: skip
-    memory, _ = estimate.estimate(settings)
+    memory, *_ = estimate.estimate(settings)
     assert memory["weights"] == memory["EMA"] == memory["optimizer"] / 2 == memory["gradients"]
-    sharded, _ = estimate.estimate(dataclasses.replace(settings, parallel="fsdp"), processes=4)
+    sharded, *_ = estimate.estimate(dataclasses.replace(settings, parallel="fsdp"), processes=4)
     assert sharded["weights"] == memory["weights"] / 4 and sharded["activations"] == memory["activations"] / 4
     lora = dataclasses.replace(settings, freeze=("embed*", "blocks.*weight", "blocks.*bias"), lora_rank=16)
-    lora_memory, lora_lines = estimate.estimate(lora)
+    lora_memory, lora_lines, *_ = estimate.estimate(lora)
     trained = 1e6 * float(re.search(r"([\d.]+)M trained", lora_lines[0])[1])
     assert memory["gradients"] / 10 > lora_memory["gradients"] == pytest.approx(4 * trained, rel=0.01)
-    assert command(estimate, "config/demo.py", "--steps=10", "--mfu", "0.3")[0] == 0
+    assert lora_memory["EMA"] == lora_memory["weights"] > memory["weights"], "the EMA copies frozen weights too"
     status, output = command(estimate, "config/demo.py", "--processes=3", "--batch_size=8")
     assert status == 2 and "batch_size = 8 is not a multiple of 3 processes" in output
     assert command(estimate, "--processes=0")[0] == 2
+
+
+def write_header(path, shapes):
+    """Write a safetensors file of float32 zeros, holes in a sparse file."""
+    ends = list(itertools.accumulate(4 * math.prod(shape) for shape in shapes.values()))
+    header = {name: dict(dtype="F32", shape=shape, data_offsets=[end - 4 * math.prod(shape), end])
+              for (name, shape), end in zip(shapes.items(), ends)}  # fmt: skip
+    header = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + ends[-1])
+
+
+def test_a_frozen_t5_costs_memory_and_less_than_1_percent_of_the_operations(command, tmp_path):
+    """The size of t5-base, which is assumed without a file, equals that of a file of its shapes."""
+    shapes = {"shared.weight": (32128, 768), "encoder.final_layer_norm.weight": (768,), "decoder.x.weight": (9, 9),
+              "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 12)}  # fmt: skip
+    for layer in [f"encoder.block.{number}.layer" for number in range(12)]:
+        shapes |= {f"{layer}.0.SelfAttention.{name}.weight": (768, 768) for name in "qkvo"}
+        shapes |= {f"{layer}.{part}.layer_norm.weight": (768,) for part in (0, 1)}
+        shapes[f"{layer}.1.DenseReluDense.wi.weight"] = (3072, 768)
+        shapes[f"{layer}.1.DenseReluDense.wo.weight"] = (768, 3072)
+    write_header(tmp_path / "t5.safetensors", shapes)
+    assert estimate.t5_size(tmp_path / "t5.safetensors") == estimate.T5_BASE
+    args = ["config/small.py", "--device=cuda", "--text_encoder=t5"]
+    status, output = command(estimate, *args)
+    assert status == 0 and "assuming t5-base" in output and "text encoder, frozen        0.41 GiB" in output
+    assert 0.1 < float(re.search(r"([\d.]+) % of these operations", output)[1]) < 1
+    args.append(f"--text_encoder_weights={tmp_path / 't5.safetensors'}")
+    assert command(estimate, *args)[1] == output.replace("; without text_encoder_weights, assuming t5-base", "")
+    write_header(tmp_path / "t5.safetensors", {"decoder.weight": (2, 2)})
+    status, output = command(estimate, *args)
+    assert status == 2 and f"{tmp_path / 't5.safetensors'}': not the weights of a T5 encoder" in output
+
+
+@pytest.mark.parametrize("name", ["small", "large", "finetune", "lora"])
+def test_the_options_for_a_gpu_make_the_run_fit(name, command, tmp_path):
+    """From scratch, and from the published small: on a GPU of 12 GB, LoRA fits without other options."""
+    run = [f"config/{name}.py"]
+    if name in ("finetune", "lora"):
+        small = Settings(dim=1024, heads=16, layers=24, codec="musicgen_32khz", segment=30.0, text_encoder="t5")
+        common.save_checkpoint(tmp_path / "best.pt", "best", settings=vars(small))
+        run += [f"--init_from={tmp_path}"]
+    status, output = command(estimate, *run, "--device=cuda")
+    answers = re.findall(r"  (\d+) GB  yes(?: with)?(.*?)(?: on (\d+) GPUs)?, ([\d.]+) GiB", output)
+    assert status == 0 and [size for size, *_ in answers] == ["12", "16", "24", "80"], output
+    for size, options, gpus, total in answers:
+        n = int(gpus or 1)
+        memory = sum(estimate.estimate(config.load([*run, *options.split()], "", n), n)[0].values()) / 2**30
+        assert memory == pytest.approx(float(total), abs=0.051) and memory <= float(size) - 1.5
+    assert ("config/lora.py needs less" in output) == (name == "finetune")
+    if name == "lora":
+        assert answers[0][:3] == ("12", "", "")
+
+
+def test_a_model_that_fits_on_no_number_of_gpus_is_named(command):
+    args = ["config/large.py", "--device=cuda", "--batch_size=2", "--micro_batch=2"]
+    status, output = command(estimate, *args)
+    assert status == 0 and "12 GB  no; use a smaller model" in output and "80 GB  yes with" in output
+
+
+@pytest.mark.parametrize("gpu", [None, "NVIDIA GeForce RTX 3060", "NVIDIA H200"])
+def test_another_device_is_named_first(gpu, command, monkeypatch):
+    """An H100 is assumed for several processes without a GPU, and instead of a GPU whose peak is unknown."""
+    device = torch.device("cuda") if gpu else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: device)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: gpu)
+    status, output = command(estimate, "config/demo.py", "--processes=2", "--mfu=0.3")
+    assert status == 0
+    if gpu == "NVIDIA H200":
+        assert "assume" not in output.splitlines()[0] and "2 x 989 TFLOP/s (NVIDIA H200" in output
+    else:
+        assert (
+            "no GPU with a known peak on this machine: time assumes 2 x H100 at 30 % of its peak"
+            in output.splitlines()[0]
+        )
+        assert "2 x 989 TFLOP/s (H100" in output
+
+
+@pytest.mark.parametrize("settings, seconds", [
+    ("--short_every=2", 0.1 + 0.2), ("--melody=True --style=True --micro_batch=2", 0.1 + 2 * 0.2),
+    ("--text_encoder=t5 --freeze=blocks.1.* --lora_rank=2", None),
+])  # fmt: skip
+def test_steps_on_a_cpu_are_timed(settings, seconds, dataset, command, monkeypatch):
+    """Here an update takes 0.1 s and a pass 0.2 s. A part of the run's step is scaled by its weights and operations."""
+    now, training_step = [0.0], train.training_step
+
+    def step(state, micro_batches, *args):
+        now[0] += 0.1 + 0.2 * len(micro_batches)
+        return training_step(state, micro_batches, *args)
+
+    monkeypatch.setattr(train, "training_step", step)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    args = [*SMALL, f"--data={dataset}", "--steps=7200", *settings.split()]
+    status, output = command(estimate, *args)
+    assert status == 0 and "time is measured on this machine's CPU" in output.splitlines()[0], output
+    step_seconds, hours = map(float, re.search(r"7,200 steps of (\S+) s, timed with .*: (\S+) hours", output).groups())
+    assert hours == pytest.approx(2 * step_seconds, rel=0.01, abs=0.051)
+    assert seconds is None or step_seconds == pytest.approx(seconds)
+    monkeypatch.setattr(estimate, "TIMED_OPERATIONS", 1.0)
+    status, output = command(estimate, *args)
+    assert status == 0 and "timed with 1 of 4 items, 1 of 2 blocks, cpu" in output, output
+    part_seconds = float(re.search(r"steps of (\S+) s", output)[1])
+    assert seconds is None or 0.1 + 4 * 0.2 < part_seconds < 2 * (0.1 + 4 * 0.2)
 
 
 def test_learning_curves_are_drawn(tmp_path, command):
