@@ -3,7 +3,8 @@
     python -m demo.corpus data/demo_audio --clips 6000
 
 Each clip has five attributes: instrument, tempo, mode, texture, drums. The caption names them and the audio shows them
-clearly, so a classifier can measure whether a trained model follows its captions.
+clearly, so a classifier can measure whether a trained model follows its captions. `--instrument clarinet` writes clips
+of an instrument that the demo's corpus does not contain, to fine-tune with (docs/finetune.md).
 """
 
 import argparse
@@ -57,6 +58,7 @@ WORDS = {  # attribute value: {slot of a caption: alternatives}; {0} is the toni
     "flute": {"instrument": "flute|wooden flute|breathy flute"},
     "strings": {"instrument": "strings|string ensemble|string section"},
     "bells": {"instrument": "bells|chimes|ringing bells"},
+    "clarinet": {"instrument": "clarinet|solo clarinet|mellow clarinet"},
     "slow": {"tempo": "slow|unhurried|leisurely", "pace": "at a slow tempo|at 68 bpm|played slowly|at a slow pace"},
     "medium": {"tempo": "moderate|mid-tempo|medium-tempo", "pace": "at a moderate tempo|at 100 bpm|at a walking pace"},
     "fast": {"tempo": "fast|quick|up-tempo|lively", "pace": "at a fast tempo|at 150 bpm|played fast|at a quick pace"},
@@ -92,6 +94,7 @@ VOICES = {  # arguments of synthesize_note
     "flute": dict(ratios=N[:3], gains=[1, 0.12, 0.04], breath=0.03, vibrato=0.006, attack=0.05),
     "strings": dict(ratios=np.outer([0.996, 1, 1.005], N), gains=np.tile(N**-1.2, 3), vibrato=0.004, attack=0.05),
     "bells": dict(ratios=2 * BAR, gains=[6, 4, 4, 3, 3, 2], decays=1.5 + BAR),
+    "clarinet": dict(ratios=N[::2], gains=1 / N[::2], vibrato=0.002, attack=0.03),  # odd harmonics
     "bass": dict(ratios=N[:4], gains=[1, 0.5, 0.2, 0.06], decays=2 + N[:4], attack=0.01),
 }
 SECONDS = np.arange(SAMPLE_RATE // 4) / SAMPLE_RATE
@@ -107,9 +110,13 @@ def pick(rng, options):
     return options[rng.integers(len(options))]
 
 
-def draw_attributes(rng):
-    """Draw {"caption", the names in ATTRIBUTES, "key", "bpm"} of a clip. Attributes are uniform and independent."""
+def draw_attributes(rng, instrument=""):
+    """Draw {"caption", the names in ATTRIBUTES, "key", "bpm"} of a clip. Attributes are uniform and independent.
+
+    instrument: replaces the drawn one.
+    """
     drawn = {name: pick(rng, values) for name, values in ATTRIBUTES.items()}
+    drawn["instrument"] = instrument or drawn["instrument"]
     tonic = pick(rng, list(TONICS))
     slots = {slot: options for value in drawn.values() for slot, options in WORDS[value].items()}
     caption = pick(rng, TEMPLATES).format(**{slot: pick(rng, options.split("|")) for slot, options in slots.items()})
@@ -190,10 +197,10 @@ def compose_chords(rng, chords, mode, tonic):
 TEXTURES = {"melody": (compose_melody, 0.9), "arpeggio": (compose_arpeggio, 0.55), "chords": (compose_chords, 0.45)}
 
 
-def make_clip(seed, index):
+def make_clip(seed, index, instrument=""):
     """Make clip number `index` of a seed's corpus: audio float32 [samples], and the dict of `draw_attributes`."""
     rng = np.random.default_rng([seed, index])
-    attributes = draw_attributes(rng)
+    attributes = draw_attributes(rng, instrument)
     mode, tonic = attributes["mode"], TONICS[attributes["key"].split()[0]]
     frames, lengths, span = TEMPI[attributes["tempo"]]
     beat, beats = frames * FRAME, pick(rng, lengths)
@@ -229,23 +236,24 @@ def make_clip(seed, index):
     return mix, attributes
 
 
-def write_clip(folder, seed, index):
+def write_clip(folder, seed, instrument, index):
     """Write a clip, unless it exists, and return its line of the manifest."""
     path = folder / f"clip_{index:05d}.flac"
-    attributes = draw_attributes(np.random.default_rng([seed, index]))
+    attributes = draw_attributes(np.random.default_rng([seed, index]), instrument)
     if not path.exists():
         partial = path.with_suffix(".partial")
-        sf.write(partial, make_clip(seed, index)[0], SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+        sf.write(partial, make_clip(seed, index, instrument)[0], SAMPLE_RATE, format="FLAC", subtype="PCM_16")
         partial.replace(path)
     return json.dumps({"path": path.name, "caption": attributes.pop("caption"), "attributes": attributes})
 
 
-def describe_corpus(clips, seed=0):
+def describe_corpus(clips, seed=0, instrument=""):
     """Return the content of corpus.json, which identifies a corpus."""
-    return json.dumps({"version": VERSION, "seed": seed, "clips": clips})
+    options = {"instrument": instrument} if instrument else {}
+    return json.dumps({"version": VERSION, "seed": seed, "clips": clips, **options})
 
 
-def write_corpus(folder, clips, seed=0, workers=None):
+def write_corpus(folder, clips, seed=0, workers=None, instrument=""):
     """Write clips and manifest.jsonl to a folder, except those that exist. Return the path of the manifest."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -253,12 +261,13 @@ def write_corpus(folder, clips, seed=0, workers=None):
     if not description.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"{folder}: holds other files; choose a new folder for the corpus")
     common.lock(folder)
-    if not description.exists() or description.read_text() != describe_corpus(clips, seed):
+    wanted = describe_corpus(clips, seed, instrument)
+    if not description.exists() or description.read_text() != wanted:
         for path in [manifest, *folder.glob("clip_*.*")]:
             path.unlink(missing_ok=True)
-        description.write_text(describe_corpus(clips, seed))
+        description.write_text(wanted)
     if not manifest.exists():
-        write = functools.partial(write_clip, folder, seed)
+        write = functools.partial(write_clip, folder, seed, instrument)
         with multiprocessing.get_context("spawn").Pool(workers) if workers != 1 else contextlib.nullcontext() as pool:
             lines = pool.imap(write, range(clips), chunksize=16) if pool else map(write, range(clips))
             lines = list(tqdm(lines, total=clips, desc="synthesizing", unit="clip", file=sys.stdout))
@@ -287,13 +296,15 @@ def main():
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the clips (FLAC) and manifest.jsonl")
     parser.add_argument("--clips", type=int, default=2400, help="number of clips, 6 to 8 s each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the corpus (default: %(default)s)")
+    parser.add_argument("--instrument", default="", choices=[*ATTRIBUTES["instrument"], "clarinet"],
+                        help="write clips of this instrument only (default: all except clarinet)")  # fmt: skip
     parser.add_argument("--workers", type=int, help="number of processes (default: one per core)")
     args = parser.parse_args()
     if args.clips < 1 or args.seed < 0 or (args.workers is not None and args.workers < 1):
         raise UserError("--clips and --workers must be 1 or above, --seed 0 or above")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out}: is not a folder; choose another OUT")
-    print(write_corpus(args.out, args.clips, args.seed, args.workers))
+    print(write_corpus(args.out, args.clips, args.seed, args.workers, args.instrument))
 
 
 if __name__ == "__main__":
