@@ -20,7 +20,7 @@ import metrics
 import prepare
 import sample
 import train
-from codec import EncodecModel, ResidualVectorQuantizer, SEANetDecoder, SEANetEncoder
+from audio import write_audio
 from demo import corpus, train_tiny
 from tools import bench, convert, estimate, figures, report
 
@@ -47,18 +47,6 @@ COMMANDS = {page.relative_to(ROOT).as_posix(): dict.fromkeys(read_commands(page.
 ALL_COMMANDS = list(dict.fromkeys(command for commands in COMMANDS.values() for command in commands))
 
 
-def published_codec(folder):
-    """Write a small codec with random weights in the published layout."""
-    sizes = dict(n_filters=2, dimension=8, ratios=[8, 5, 4, 4], lstm=2, causal=False, true_skip=True)
-    quantizer = ResidualVectorQuantizer(dimension=8, n_q=4, bins=512)
-    encoder, decoder = (
-        part(**sizes, norm="weight_norm", pad_mode="reflect") for part in (SEANetEncoder, SEANetDecoder)
-    )
-    state = EncodecModel(encoder, decoder, quantizer, [2.2], 32_000, 1).state_dict()
-    folder.mkdir(parents=True)
-    torch.save({"best_state": state}, folder / "compression_state_dict.bin")
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, request, dataset, toy_run):
     """A folder with links to the code, and with music, data and runs where the commands expect them."""
@@ -80,9 +68,11 @@ def home(tmp_path_factory, request, dataset, toy_run):
             path.with_suffix(".txt").write_text(f"track {number}")
         else:
             path.unlink()
-    model, settings, _ = convert.load_model(toy_run[0] / "best.pt")
-    convert.export_lm(model, settings, folder / "weights" / "small", "hf")
-    published_codec(folder / "weights" / "codec")
+    toys = ROOT / "tests" / "musicgen_text"
+    shutil.copytree(toys / "mono", folder / "published")
+    shutil.copy(toys / "spiece.model", folder / "published")
+    tone = torch.sin(torch.arange(60 * 16_000) / 9)[None] / 3
+    write_audio(folder / "song.mp3", tone, 16_000)
     for number, name in enumerate(("beginning.wav", "tune.wav", "excerpt.wav")):
         shutil.copy(folder / "MUSIC" / f"clip_{number:05d}.flac", folder / name)
     (folder / "captions.txt").write_text("fast bells\ncalm strings\n")
@@ -91,19 +81,24 @@ def home(tmp_path_factory, request, dataset, toy_run):
 
 TOY_OPTIONS = {
     "metrics.py": "--clips 2", "demo.corpus": "--clips 3 --workers 1", "demo.train_tiny evaluate": "--clips 2",
-    "demo.train_tiny train": "--steps 1 --batch_size 2 --valid_every 1", "tools.convert import": " ".join(TOY[:6]),
+    "demo.train_tiny train": "--steps 1 --batch_size 2 --valid_every 1", "tools.convert import": "--segment=1",
     "tools.bench": "--size tiny --train_batch 1 --train_frames 20 --generate_batch 1 --generate_frames 8"
     " --dtype float32 --repeats 1 --clips 6 --seconds 0.2 --tracks 40",
 }  # fmt: skip
+
+
+FINETUNE = "--steps=2 --segment=1 --batch_size=2 --samples=0 --valid_items=2 --evaluate_clips=0 --device=cpu".split()
 
 
 def at_toy_size(command):
     """Return the program of a command, its arguments at toy size, and the number of processes."""
     words = [word for word in shlex.split(command.partition("|")[0])[1:] if not word.startswith("--nproc_per_node")]
     program, *args = words[1:] if words[0] == "-m" else words
-    if program == "train.py" and "--help" not in args:
-        args += [*TOY, f"--out=out/{uuid.uuid4().hex}", "--steps=2", "--samples=0"]
-        args += ["--codec_weights=", "--codec=tiny"] if "mine32" not in command else []
+    args = ["published" if word.startswith("hf:facebook/musicgen") else word for word in args]
+    if program == "train.py" and "--init_from" in command:  # sizes and codec are those of the model
+        args += FINETUNE
+    elif program == "train.py" and "--help" not in args:
+        args += [*TOY, f"--out=out/{uuid.uuid4().hex}", "--steps=2", "--samples=0", "--codec_weights=", "--codec=tiny"]
         args += ["--data=data/demo"] if "data=" not in command else []
     if program == "sample.py":
         args += ["--out", f"clips/{uuid.uuid4().hex}"] if "--out" not in args else []
@@ -112,8 +107,7 @@ def at_toy_size(command):
         args = [word for word in args if word not in ("--compile", "--peers", "--gpu")]
         args += ["--work", "train,generate"] if "--work" not in args else []
     if program == "prepare.py" and "check" not in args:
-        args += ["--workers", "1", *(["--codec", "tiny"] if "musicgen_32khz" not in command else [])]
-        args[args.index("--out") + 1] += "_new" if "mine32" not in command else ""
+        args += ["--workers", "1", "--replace", *(["--codec", "tiny"] if "--model" not in command else [])]
     key = " ".join([program, *args[:1]])
     args += TOY_OPTIONS.get(key, TOY_OPTIONS.get(program, "")).split()
     return program, args, 2 if command.startswith("torchrun") else 1
@@ -139,6 +133,8 @@ def play(args, home):
 ])  # fmt: skip
 def test_the_commands_of_a_page_run(page, home):
     """In the order of the page, because each may use the files of the commands before it."""
+    for folder in ("out/musicgen-small", "out/lora", "out/finetune", "out/songs", "exported"):
+        shutil.rmtree(home / folder, ignore_errors=True)  # of another page
     for command in COMMANDS[page]:
         program, args, ranks = at_toy_size(command)
         if program == "tools.play":
@@ -158,6 +154,7 @@ def test_the_python_block_of_the_readme_runs(home, monkeypatch):
 def test_every_command_has_valid_settings(monkeypatch):
     """At full size, and the commands of the programs' docstrings too."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(config, "inherit", lambda values, *_: values)  # the checkpoints are not there
     usages = [ast.get_docstring(ast.parse(path.read_text())) for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"))]
     usages = re.findall(r"^    ((?:python|torchrun) .+)", "\n".join(filter(None, usages)), re.M)
     tested = 0
