@@ -133,7 +133,7 @@ def play(args, home):
 ])  # fmt: skip
 def test_the_commands_of_a_page_run(page, home):
     """In the order of the page, because each may use the files of the commands before it."""
-    for folder in ("out/musicgen-small", "out/lora", "out/finetune", "out/songs", "exported"):
+    for folder in ("out/musicgen-small", "out/lora", "out/songs", "out/clarinet", "out/clarinet_lora", "exported"):
         shutil.rmtree(home / folder, ignore_errors=True)  # of another page
     for command in COMMANDS[page]:
         program, args, ranks = at_toy_size(command)
