@@ -31,6 +31,21 @@ def with_perplexity(losses):
     return losses | {name.replace("ce", "ppl"): math.exp(min(ce, 700)) for name, ce in losses.items()}
 
 
+def error_over_tracks(items):
+    """Return (standard error of the sum of the items' gains, or None for one track; number of tracks).
+
+    items: [(track, (gain, frames))]. Items of one track resemble one another, so tracks are the independent units. The
+    error is that of a ratio estimator, because tracks have different lengths.
+    """
+    totals = {}
+    for track, (gain, frames) in items:
+        if frames:  # a rank without segments has an item of 0 frames
+            totals[track] = np.add(totals.get(track, 0), (gain, frames))
+    gains, frames = np.transpose([*totals.values()])
+    n, residuals = len(gains), gains - frames * gains.sum() / frames.sum()
+    return math.sqrt(n / (n - 1) * np.square(residuals).sum()) if n > 1 else None, n
+
+
 def read_log(path):
     """Read the lines of a .jsonl log, except a last line that a kill cut off."""
     if not path.exists():

@@ -44,7 +44,7 @@ from demo.corpus import prepare_demo
 from distributed import rank, world_size
 from extras import compiler
 from extras.t5 import load_encoder
-from log import Interval, Log, by_codebook, with_perplexity
+from log import Interval, Log, by_codebook, error_over_tracks, with_perplexity
 from model import MusicLM, check_weights, freeze
 from tools import estimate, report
 from tools.published import read_t5_tokenizer
@@ -271,10 +271,8 @@ def start_run(s, state, codec, train_data, valid_data, start):
     if start.resumes and state.step < s.steps and (data_changed or start.changes.keys() & {"segment", "valid_items"}):
         log.restart(state.step)  # validation losses on different music do not compare
     if n_leaked := len((start.trained - train_data.track_hashes()) & valid_data.track_hashes()):
-        print(
-            f"{n_leaked} of {len(valid_data.tracks)} held-out tracks were trained on before, so the validation loss is"
-            " too low; prepare the data with the --valid_fraction of that training, or start from other weights"
-        )
+        print(f"{n_leaked} of {len(valid_data.tracks)} held-out tracks were trained on before, so the validation loss"
+              " is too low; prepare with the --valid_fraction of that training, or use other weights")  # fmt: skip
     return log, checkpoint_info
 
 
@@ -310,7 +308,7 @@ def validate(model, batches, device, autocast):
     because the items of one track resemble one another.
     """
     total = torch.zeros(3, model.K, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    names, gains, gain_by_track = [], [], {}  # gains in nats, and frames, of each item
+    names, gains = [], []  # the track, and (gain in nats, frames), of each item
     for batch, tracks in batches:
         null_tensors = to_device(model.conditioner.tokenize([{}] * len(batch.codes)), device)
         codes, not_padding, in_loss, condition_tensors, targets = batch.to(device)
@@ -321,13 +319,10 @@ def validate(model, batches, device, autocast):
         names += tracks
         gains.append(torch.stack([(null_ce - ce).sum(1), in_loss.sum(1)], 1))
     ce_sum, null_ce_sum, targets = np.array(distributed.sum_over_ranks(total).tolist())
-    for name, (gain, frames) in sum(distributed.gather([*zip(names, torch.cat(gains).tolist())]), []):
-        if frames:  # a rank without segments has an item of 0 frames
-            gain_by_track[name] = np.add(gain_by_track.get(name, 0), (gain, frames))
-    gains, frames = np.transpose([*gain_by_track.values()])
-    n, residuals = len(gains), gains - frames * gains.sum() / frames.sum()  # of a ratio: lengths differ
-    gain_se = math.sqrt(n / (n - 1) * np.square(residuals).sum()) / targets.sum() if n > 1 else None
-    return (ce_sum / targets).tolist(), (null_ce_sum / targets).tolist(), gain_se, n
+    items = sum(distributed.gather([*zip(names, torch.cat(gains).tolist())]), [])
+    error, n_tracks = error_over_tracks(items)
+    gain_se = None if error is None else error / targets.sum()
+    return (ce_sum / targets).tolist(), (null_ce_sum / targets).tolist(), gain_se, n_tracks
 
 
 def is_due(step, every, s):
