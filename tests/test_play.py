@@ -17,6 +17,7 @@ from conftest import finish, start
 
 import sample
 from codec import decode_stream
+from demo import tiny
 from generate import stream
 from tools import play
 from tools.output import to_pcm
@@ -140,6 +141,8 @@ def test_audio_is_continued(server, folder, command, tmp_path):
 def test_other_checkpoints_of_the_folder_can_be_chosen(server):
     info = json.loads(server.open("GET", "/info").read())
     assert info["checkpoints"] == ["best.pt", "last.pt"] and info["checkpoint"] == "best.pt"
+    (server.engine.folder / "codec.pt").write_bytes(tiny.WEIGHTS.read_bytes())  # as demo/tiny.pt beside demo/demo.pt
+    assert server.engine.names() == ["best.pt", "last.pt"]
     assert info["conditions"] == [] and info["cfg"] == 3 and info["sample_rate"] == RATE
     first = server.engine.model
     assert json.loads(server.open("GET", "/info?checkpoint=last.pt").read())["checkpoint"] == "last.pt"

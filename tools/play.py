@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import functools
 import io
 import json
 import re
@@ -95,6 +96,14 @@ def is_too_long(path):
     return frames > UPLOAD_SECONDS * info.samplerate or frames * info.channels > UPLOAD_SAMPLES
 
 
+@functools.lru_cache(maxsize=1000)
+def is_checkpoint(path, version):
+    """Return whether a file is a checkpoint, and not a codec. version: size and mtime, so that a new file is read."""
+    with contextlib.suppress(UserError):
+        return bool(common.load_checkpoint(path))
+    return False
+
+
 class Engine:
     """Keep one model in memory, the last that was requested, and generate one clip at a time."""
 
@@ -114,7 +123,8 @@ class Engine:
             self.loaded = version
 
     def names(self):
-        return sorted(path.name for path in self.folder.glob("*.pt"))
+        paths = sorted(self.folder.glob("*.pt"))
+        return [path.name for path in paths if is_checkpoint(path, common.size_and_mtime(path))]
 
     def checkpoint_path(self, name):
         """Return the path of a checkpoint in the folder. Without a name: of the program's argument."""
