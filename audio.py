@@ -51,6 +51,7 @@ def read_blocks(path, sample_rate, channels=1, seconds=10):
     """
     read = yielded = 0  # samples, before and after resampling
     try:
+        side = uncancelled_channel(path) if channels == 1 else None
         with open_audio(path) as file:
             rate, is_last = file.samplerate, False
             resampler = soxr.ResampleStream(rate, sample_rate, channels, dtype="float32")
@@ -60,14 +61,17 @@ def read_blocks(path, sample_rate, channels=1, seconds=10):
                 read += len(wav)
                 if not np.isfinite(wav).all():
                     raise UserError(f"{path}: contains samples that are not numbers. Export it again")
-                wav = resampler.resample_chunk(to_channels(wav, channels), last=is_last)
+                wav = resampler.resample_chunk(to_channels(wav, channels, side), last=is_last)
                 if not np.isfinite(wav).all():
                     raise UserError(f"{path}: contains samples that are too large. Export it again")
                 yielded += len(wav)
                 if len(wav):
                     yield torch.from_numpy(wav.T.copy())
     except (soundfile.LibsndfileError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as audio ({str(error).split(': ')[-1].strip()})") from None
+        reason = str(error).split(": ")[-1].strip()
+        if "does not exist" in reason and Path(path).exists():
+            reason = "not audio, or damaged"  # libsndfile reports such an MP3 as missing
+        raise UserError(f"{path}: cannot be read as audio ({reason})") from None
     if not read:
         raise UserError(f"{path}: contains no samples")
     if not yielded:
@@ -80,21 +84,34 @@ def read_blocks(path, sample_rate, channels=1, seconds=10):
 def open_audio(path):
     """Open a SoundFile, in a `with` statement. ffmpeg decodes the formats that libsndfile cannot read.
 
-    A pipe or an interrupted recording leaves a WAV header with size 0: correct it in memory.
+    A pipe or an interrupted recording leaves a WAV header with a size that is too small: correct it in memory.
     """
     if Path(path).suffix.lower() in FFMPEG_SUFFIXES:
         return open_by_ffmpeg(path)
     file = soundfile.SoundFile(os.fsencode(path))
-    if file.frames:
-        return file
+    if file.frames > 2**40:  # a FLAC that was written to a pipe: its length is unknown, and seeking fails at its end
+        file.seekable = lambda: False
     with open(path, "rb") as raw:
         content = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)  # changes are not written to the file
     data = content.find(b"data", 12)
-    if content[:4] != b"RIFF" or data < 0 or content[data + 4 : data + 8] != bytes(4):
+    if content[:4] != b"RIFF" or data < 0:
+        return file
+    size = int.from_bytes(content[data + 4 : data + 8], "little")
+    if size and not has_more_samples(content, data + 8 + size, size / max(1, file.frames) * file.samplerate):
         return file
     for start in (4, data + 4):
         content[start : start + 4] = min(len(content) - start - 4, 2**32 - 1).to_bytes(4, "little")
     return soundfile.SoundFile(content)
+
+
+def has_more_samples(content, end, bytes_per_second):
+    """Return whether a WAV file continues after `end`, where its data should end, by 0.5 s that look like samples.
+
+    Chunks and tags begin with letters, and padding with zeros.
+    """
+    first = content[end : end + 5]
+    is_other = re.match(rb".?[ -~]{4}|ID3|\0{4}", first, re.DOTALL) is not None
+    return len(content) - end > 0.5 * bytes_per_second and not is_other
 
 
 @contextlib.contextmanager
@@ -155,10 +172,30 @@ def mp3_seconds(path):
     return seconds
 
 
-def to_channels(wav, channels):
-    """Convert wav [samples, any] to [samples, channels], for 1 or 2 channels."""
+def uncancelled_channel(path):
+    """Return the louder channel, 0 or 1, of a file whose channels cancel each other in a mono mix, otherwise None.
+
+    They cancel if the mix has below 10 % of their mean power in 20 excerpts of 1 s, as with one channel inverted.
+    """
+    power = np.zeros(3)  # left, right, mix
+    with contextlib.suppress(soundfile.LibsndfileError, UserError), open_audio(path) as file:  # damaged, or no seeking
+        can_seek = file.seekable() and file.frames < 2**40  # the length is unknown if the file was written to a pipe
+        places = np.linspace(0, max(0, file.frames - file.samplerate), 20).astype(int) if can_seek else [0]
+        for place in places if file.channels > 1 else ():
+            if place:
+                file.seek(place)
+            wav = file.read(file.samplerate * (20 // len(places)), dtype="float32", always_2d=True)
+            wav = downmix(wav) if wav.shape[1] > 2 else wav
+            power += (np.column_stack([wav, wav.mean(1)]).astype(float) ** 2).sum(0)
+    return int(power[1] > power[0]) if power[2] < 0.1 * power[:2].mean() else None
+
+
+def to_channels(wav, channels, side=None):
+    """Convert wav [samples, any] to [samples, channels], for 1 or 2 channels. side: the channel to use as mono."""
     if wav.shape[1] > 2:
         wav = downmix(wav)
+    if side is not None:
+        wav = wav[:, side : side + 1]
     if channels == 1:
         return wav.mean(1, keepdims=True)
     return wav.repeat(channels, 1) if wav.shape[1] == 1 else wav

@@ -16,6 +16,9 @@ its MODEL_SETTINGS, and an option to sample.py.
 Letters: B batch, L condition length in tokens, D model width, T frames, T' chroma frames, P prefix positions.
 """
 
+import copy
+import functools
+
 import numpy as np
 import sentencepiece
 import torch
@@ -35,7 +38,16 @@ INFERENCE_CODEBOOKS = 3  # style codebooks kept at inference, MusicGen-Style's d
 def merge_text(caption, metadata, rng):
     """Join the caption, if any, and the metadata in random order: 'A song. genre: jazz. bpm: 120'."""
     parts = rng.permutation([f"{key}: {value}" for key, value in metadata.items()])
-    return ". ".join([caption, *parts] if caption else parts)
+    return join_sentences([caption, *parts] if caption else parts)
+
+
+def join_sentences(parts):
+    """Join texts with ". ", or with a blank after a text that ends with a punctuation mark."""
+    text = ""
+    for part in parts:
+        ends = text.rstrip("\"')]}”’»")[-1:] in (*".!?…,;:。！？、，；：।؟،؛",)
+        text = f"{text}{' ' if ends else '. '}{part}" if text else str(part)
+    return text
 
 
 def style_excerpt(frames, seconds, place, frame_rate):
@@ -263,18 +275,9 @@ class Conditioner(nn.Module):
             self.prepended["style"] = StyleEmbedder(s.dim, codec_info, s.style_dim, s.style_heads, s.style_layers,
                                                     s.style_codebooks, s.style_bins, s.style_seconds[1])  # fmt: skip
         self.prefix_length = sum(embedder.length for embedder in self.prepended.values())  # P
-
-    def tokenize(self, conditions):
-        """B dicts of conditions -> {name: tensors} on the CPU, for `forward`.
-
-        Raises UserError for a condition that the model was not trained with.
-        """
         embedders = {"text": self.text, **self.prepended}
-        unknown = {name for sample in conditions for name in sample} - embedders.keys()
-        if unknown:
-            raise UserError(f"the model was not trained with '{unknown.pop()}'; it supports {', '.join(embedders)}")
-        return {name: embedder.tokenize([sample.get(name) for sample in conditions])
-                for name, embedder in embedders.items()}  # fmt: skip
+        tokenizers = {name: without_weights(embedder).tokenize for name, embedder in embedders.items()}
+        self.tokenize = functools.partial(tokenize, tokenizers)  # a data worker gets it without the model's weights
 
     def prefix_positions(self, device):
         """Return the positions of the prefix, float [P], in frames of the music."""
@@ -296,6 +299,25 @@ class Conditioner(nn.Module):
         """Discard the statistics for `update`, after a skipped step."""
         if "style" in self.prepended:
             self.prepended["style"].vq.discard()
+
+
+def tokenize(tokenizers, conditions):
+    """B dicts of conditions -> {name: tensors} on the CPU, for `Conditioner.forward`.
+
+    Raises UserError for a condition that the model was not trained with.
+    """
+    unknown = {name for sample in conditions for name in sample} - tokenizers.keys()
+    if unknown:
+        raise UserError(f"the model was not trained with '{unknown.pop()}'; it supports {', '.join(tokenizers)}")
+    return {name: function([sample.get(name) for sample in conditions]) for name, function in tokenizers.items()}
+
+
+def without_weights(embedder):
+    """Return a shallow copy of an embedder that can only `tokenize`. Pickling it copies no weights."""
+    light = copy.copy(embedder)
+    vars(light).update(_parameters={}, _buffers={}, _modules={})
+    vars(light).pop("encoder", None)  # T5's, which is not a module
+    return light
 
 
 def to_device(condition_tensors, device):

@@ -8,8 +8,8 @@
 Each file is encoded once and stored in the cache, data/encoded/, under the SHA-256 of its content. After a stop, a
 changed caption or an added track, or for another data set of the same music, only new files are encoded.
 
-A hash of its path decides whether a track is held out. So adding tracks to a data set of a few hundred tracks moves
-no track to the other split. Skipped files are listed in skipped.jsonl with the reason.
+A hash of its path, or of its group, decides whether a track is held out. So adding tracks to a data set of a few
+hundred tracks moves no track to the other split. Skipped files are listed in skipped.jsonl with the reason.
 
 Letters: K codebooks, T frames.
 """
@@ -19,6 +19,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -38,7 +39,7 @@ import distributed
 from audio import FFMPEG_SUFFIXES
 from codec import load_codec
 from common import UserError
-from dataprep.analysis import analyse_track
+from dataprep.analysis import analyse_track, count_cores
 from dataprep.report import check, checksum, find_damage, measure_reconstruction, print_report
 from dataprep.shards import DATA_FORMAT, captions_of, codec_of_model, read_meta, split_tracks
 from dataprep.tracks import TAGS, add_metadata, find_tracks, read_tags, train_tokenizer
@@ -61,9 +62,13 @@ def main():
                         " any with :stereo")  # fmt: skip
     parser.add_argument("--codec_weights", help="file with the codec's weights")
     parser.add_argument("--model", help="checkpoint, or a run's folder, whose codec to use instead of --codec")
-    parser.add_argument("--workers", type=int, default=0, help="processes (default: one per core, or 4 per GPU)")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: one per usable core, or 4 per GPU)")
     parser.add_argument("--valid_fraction", type=float, default=0.05, help="share of tracks held out (default 0.05)")
     parser.add_argument("--min_seconds", type=float, default=1.0, help="shorter tracks are skipped (default 1)")
+    parser.add_argument("--max_seconds", type=float, default=math.inf, help="longer tracks are skipped (default: none)")
+    parser.add_argument("--group", choices=["prefix", "folder"], default="", help="keep parts of a song in one split:"
+                        ' files with the same name except a final number, or of a folder; a "group" of a manifest\'s'
+                        " line counts without this option")  # fmt: skip
     parser.add_argument("--vocab_size", type=int, default=1000, help="size of the captions' tokenizer (default 1000)")
     parser.add_argument("--tags", default=",".join(DEFAULT_TAGS), help="tags used as text for uncaptioned tracks"
                         f" (default {','.join(DEFAULT_TAGS)}; available: {', '.join(TAGS)})")  # fmt: skip
@@ -82,27 +87,33 @@ def main():
     tags = [tag for tag in map(str.strip, args.tags.split(",")) if tag]
     prepare(args.music[0], args.out, codec, weights, workers=args.workers,
             valid_fraction=args.valid_fraction, min_seconds=args.min_seconds, captions=not args.no_captions,
-            vocab_size=args.vocab_size, tags=tags, replace=args.replace)  # fmt: skip
+            vocab_size=args.vocab_size, tags=tags, replace=args.replace, max_seconds=args.max_seconds,
+            group_by=args.group)  # fmt: skip
     distributed.cleanup_distributed()
 
 
 def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fraction=0.05, min_seconds=1.0,
-            captions=True, vocab_size=1000, tags=DEFAULT_TAGS, replace=False):  # fmt: skip
+            captions=True, vocab_size=1000, tags=DEFAULT_TAGS, replace=False, max_seconds=math.inf,
+            group_by=""):  # fmt: skip
     """Encode new tracks, then write the data set to OUT.partial and rename it. The parameters are those of `main`."""
     out = Path(os.path.realpath(out))
     cache, work = out.parent / "encoded", out.with_name(out.name + ".partial")
-    if workers < 0 or not 0 <= valid_fraction <= 1 or not min_seconds >= 0:
-        raise UserError("--workers and --min_seconds must be 0 or above, and --valid_fraction between 0 and 1")
+    if workers < 0 or not 0 <= valid_fraction <= 1 or not 0 <= min_seconds <= max_seconds:
+        raise UserError("--workers and --min_seconds must be 0 or above, --max_seconds at least --min_seconds, and"
+                        " --valid_fraction between 0 and 1")  # fmt: skip
     if out == cache:
         raise UserError(f"--out {out}: reserved for the cache. Choose another name")
     if unknown := set(tags) - set(TAGS):
         raise UserError(f"--tags: unknown tag {min(unknown)}. Choose from {', '.join(TAGS)}")
-    codec, tracks = load_codec(codec_name, codec_weights), find_tracks(music)
+    codec, tracks = load_codec(codec_name, codec_weights), find_tracks(music, group_by)
     contents = [[t["name"], t["melody_from"], captions_of(t), t["metadata"],
-                 *map(common.size_and_mtime, (t["path"], t["melody_from"]))] for t in tracks]  # fmt: skip
+                 *map(common.size_and_mtime, (t["path"], t["melody_from"])),
+                 *[(key, t[key]) for key in ("split", "group") if key in t]] for t in tracks]  # fmt: skip
     digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     request = dict(music=os.path.realpath(music), tracks=digest, codec=codec.id, min_seconds=min_seconds,
                    valid_fraction=valid_fraction, captions=captions, vocab_size=vocab_size, tags=[*tags])  # fmt: skip
+    if max_seconds < math.inf:
+        request["max_seconds"] = max_seconds
     if any(Path(track["path"]).suffix.lower() in FFMPEG_SUFFIXES for track in tracks):
         request["ffmpeg"] = shutil.which("ffmpeg") is not None  # skipped files can be read once it is installed
     distributed.check_same_on_all_ranks(**request)
@@ -113,6 +124,8 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
                         " choose another --out")  # fmt: skip
     check_replaceable(out)
     check_replaceable(work)
+    if len(tracks) > 1:
+        split_tracks(tracks, valid_fraction)  # as below: errors before hours of encoding
     train_tokenizer(tracks, vocab_size)  # finds captions that it cannot use before hours of encoding
     if distributed.rank() == 0:
         work.mkdir(parents=True, exist_ok=True)
@@ -120,7 +133,7 @@ def prepare(music, out, codec_name="tiny", codec_weights="", workers=0, valid_fr
 
     folder = cache / f"{codec.id}-{CACHE_VERSION}"
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(track, folder, tags if captions else None, min_seconds) for track in tracks]
+    jobs = [(track, folder, tags if captions else None, min_seconds, max_seconds) for track in tracks]
     results = encode_all(jobs, codec_name, codec_weights, workers)
     skipped = [dict(path=track["path"], reason=reason) for track, _, reason in results if reason]
     kept = [track for track, _, reason in results if not reason]
@@ -162,7 +175,7 @@ def encode_all(jobs, codec_name, codec_weights, workers):
     share = jobs[distributed.rank() :: distributed.world_size()]
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    default = max(1, os.cpu_count() // ranks) if device == "cpu" else 4  # each worker needs a CUDA context
+    default = max(1, count_cores() // ranks) if device == "cpu" else 4  # each worker needs a CUDA context
     workers = min(workers or default, max(1, len(share)))
     codec_args, pool = (codec_name, codec_weights, device), None
     if workers > 1:
@@ -203,11 +216,12 @@ def load_worker_codec(codec_name, weights, device):
 def encode_track(job):
     """Encode and analyse a track, unless it is in the cache.
 
-    job: (track, cache folder, tags to read, min_seconds). Tags are read if the track has no text; None makes no text.
+    job: (track, cache folder, tags to read, min_seconds, max_seconds). Tags are read if the track has no text; None
+    makes no text.
 
     Returns (track, cache file, reason to skip it or ""). Raises UserError if the cache cannot be written.
     """
-    track, folder, tags, min_seconds = job
+    track, folder, tags, min_seconds, max_seconds = job
     path, melody_from = track["path"], track["melody_from"]
     try:
         name = "-".join(sha256(file) for file in dict.fromkeys((path, melody_from)))
@@ -224,10 +238,14 @@ def encode_track(job):
         temporary.replace(file)
     if analysis["seconds"] < min_seconds:
         return track, "", f"{analysis['seconds']:.2f} s long, shorter than {min_seconds} s"
+    if analysis["seconds"] > max_seconds:
+        return track, "", f"{analysis['seconds']:.2f} s long, longer than {max_seconds} s"
     if analysis["peak"] < 1e-3:
         return track, "", "silent: no sample above -60 dBFS"
     if tags is not None and not track["caption"] and not track["metadata"]:
         track = add_metadata(track, read_tags(path, tags), analysis)
+    if analysis.get("cancels"):  # missing in older caches
+        track = {**track, "cancels": True}
     return {**track, **{key: analysis[key] for key in ("frames", "level", "clipped")}}, str(file), ""
 
 

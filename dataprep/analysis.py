@@ -3,12 +3,16 @@
 Letters: K codebooks, T frames of the codec, T' chroma frames.
 """
 
+import contextlib
+import math
+import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from audio import mel_spectrogram, read_blocks
+from audio import mel_spectrogram, read_blocks, uncancelled_channel
 from codec import windows
 from conditioning import CHROMA_RATE, SILENCE, chromagram, strongest
 
@@ -16,6 +20,15 @@ WINDOW, CONTEXT = 30, 1  # seconds analysed together; seconds of context before 
 ONSET_RATE = 50  # onset frames per second
 CLIPPED = 0.99  # samples above this share of full scale count as clipped
 KEYS = [f"{note} {mode}" for mode in ("major", "minor") for note in "C C# D D# E F F# G G# A A# B".split()]
+
+
+def count_cores():
+    """Return how many cores this process may use: those of its affinity, and at most its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no quota
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, math.ceil(quota / period))
+    return max(1, cores)
 
 
 def analyse_track(path, melody_from, codec, folder):
@@ -40,7 +53,8 @@ def analyse(path, codec, folder=None):
     folder: for a temporary file, which a file of more than a few minutes needs.
 
     Returns codes int64 [K, T], chroma [12, T'] and numbers, by name: seconds; peak; level in dB, 0 for a full-scale
-    square wave; clipped, the share of clipped samples; tempo in beats per minute, or 0; key, an index of KEYS, or -1.
+    square wave; clipped, the share of clipped samples; cancels, whether the mix of the channels is unusable, see
+    `uncancelled_channel`; tempo in beats per minute, or 0; key, an index of KEYS, or -1.
     """
     rate, channels = codec.sample_rate, codec.channels
     samples, energy, peak, clipped = 0, 0.0, 0.0, 0
@@ -51,16 +65,18 @@ def analyse(path, codec, folder=None):
             energy += float(block.double().square().mean(0).sum())
             clipped += int((block.abs() > CLIPPED).any(0).sum())
         rms, scale = (energy / samples) ** 0.5, max(1, peak)
-        results = []
+        side, results = uncancelled_channel(path), []
         for before, wav in windows(stored_blocks(file, channels, WINDOW * rate), WINDOW * rate, CONTEXT * rate):
             wav, before = wav / scale, before / rate
             codes = trim_context(codec.encode(wav[None])[0], before, codec.frame_rate).cpu()
-            chroma = trim_context(chromagram(wav.mean(0)[None], rate)[0], before, CHROMA_RATE)
-            onsets = trim_context(onset_strength(wav.mean(0) * scale / max(rms, 1e-4), rate), before, ONSET_RATE)
+            mono = wav.mean(0) if side is None else wav[side % channels]
+            chroma = trim_context(chromagram(mono[None], rate)[0], before, CHROMA_RATE)
+            onsets = trim_context(onset_strength(mono * scale / max(rms, 1e-4), rate), before, ONSET_RATE)
             results.append((codes, chroma, onsets))
     codes, chroma, onsets = (torch.cat(parts, dim=-1) for parts in zip(*results))
     return dict(codes=codes, chroma=chroma, seconds=samples / rate, peak=peak, level=20 * np.log10(max(rms, 1e-6)),
-                clipped=clipped / samples, tempo=tempo_of(onsets), key=key_of(chroma))  # fmt: skip
+                clipped=clipped / samples, cancels=side is not None, tempo=tempo_of(onsets),
+                key=key_of(chroma))  # fmt: skip
 
 
 def stored_blocks(file, channels, samples):

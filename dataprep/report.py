@@ -18,7 +18,7 @@ from common import UserError
 from conditioning import SILENCE, chromagram, strongest
 from config import FIELDS
 from data import TokenDataset
-from dataprep.shards import MIN_HELD_OUT, captions_of, propose_fraction, read_meta, read_tokenizer, text_of
+from dataprep.shards import MIN_HELD_OUT, captions_of, group_of, propose_fraction, read_meta, read_tokenizer, text_of
 
 COMPARED_TRACKS, COMPARED_SECONDS = 8, 5  # MusicGen's codec decodes 5 s in 2 s on one core
 DEMO_FIGURES = "2.3 dB and 69 %"  # by `measure_reconstruction` with 200 held-out clips
@@ -68,6 +68,7 @@ def print_report(folder):
     n_skipped = print_skipped(folder)
     print_padding(splits["train"])
     print_captions(tracks, read_tokenizer(folder))
+    print_songs(splits)
     print_sound(splits)
     print_codec(codec, meta.get("reconstruction"))
     problems = check_codes(splits)
@@ -131,6 +132,21 @@ def print_captions(tracks, tokenizer):
               f" --text_max_tokens={max(lengths)}")  # fmt: skip
 
 
+def print_songs(splits):
+    """Print how many songs seem to have files in both splits, by names that differ only in a final number."""
+    songs = {split: defaultdict(list) for split in splits}
+    for split, dataset in splits.items():
+        for track in dataset.tracks:
+            if "group" not in track:
+                songs[split][group_of(track["name"], "prefix")].append(track["name"])
+    shared = songs["train"].keys() & songs["valid"].keys()
+    if shared and len(songs["train"].keys() | songs["valid"].keys()) > 1:  # one group: numbers instead of names
+        train, valid = (songs[split][min(shared)][0] for split in ("train", "valid"))
+        print(f"names: {len(shared)} songs seem to be in both splits, for example {train} in train and {valid} in"
+              " valid, so the validation loss is too low. If these are parts of songs, prepare again with --replace"
+              " and --group prefix, --group folder or a \"group\" in the manifest's lines")  # fmt: skip
+
+
 def print_sound(splits):
     """Print levels, silence and clipping."""
     tracks = [track for dataset in splits.values() for track in dataset.tracks if "level" in track]
@@ -145,6 +161,9 @@ def print_sound(splits):
         print("  Much silence: a model learns to generate it. Cut it from the tracks")
     if high - low > 20:
         print("  Very different levels: a model learns to generate them. Normalize the loudness of the tracks")
+    if cancelled := [track["name"] for track in tracks if track.get("cancels")]:
+        print(f"  Channels cancel in a mix: {len(cancelled)} tracks, for example {', '.join(cancelled[:3])}. One"
+              " channel is used for mono. Use a better source")  # fmt: skip
     if clipped := [track["name"] for track in tracks if track["clipped"] > 1e-3]:
         print(f"  Clipped: {len(clipped)} tracks, for example {clipped[0]}. Use a better source")
 

@@ -24,7 +24,8 @@ import numpy as np
 import sentencepiece
 
 import codec
-from common import UserError, find_beside, first_line, load_checkpoint
+from common import UserError, find_beside, first_line, load_checkpoint, quote
+from conditioning import join_sentences
 
 DATA_FORMAT = 2
 MIN_HELD_OUT = 10  # tracks that the metrics need; with fewer, chance decides
@@ -34,7 +35,8 @@ def read_meta(folder):
     """Read meta.json. Raises UserError if it is missing or damaged."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        raise UserError(f"{folder}: not a prepared data set; make one with: python prepare.py MUSIC --out {folder}")
+        raise UserError(f"{folder}: not a prepared data set; make one with: python prepare.py MUSIC --out"
+                        f" {quote(folder)}")  # fmt: skip
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != DATA_FORMAT:
@@ -78,6 +80,7 @@ def read_tracks(path, frames):
             has_schema = (
                 type(captions) is list and captions and type(track["metadata"]) is dict
                 and all(type(text) is str for text in (track["name"], track["path"], track["caption"], *captions))
+                and type(track.get("group", "")) is str
                 and all(type(number) in (int, float) for number in numbers) and type(track.get("hash", 0)) is int
                 and type(first) is type(frames_of_track) is int
             )  # fmt: skip
@@ -97,7 +100,22 @@ def captions_of(track):
 
 def text_of(track):
     """Return the caption of a track or, without one, its metadata."""
-    return track["caption"] or ". ".join(f"{key}: {value}" for key, value in track["metadata"].items())
+    return track["caption"] or join_sentences(f"{key}: {value}" for key, value in track["metadata"].items())
+
+
+def clean_text(text):
+    """Return text as one line, without invisible characters: controls, zero-width characters, direction marks.
+
+    Joiners (U+200C, U+200D) stay after letters of scripts that need them, and within emoji.
+    """
+    cleaned = ""
+    for c in text:
+        category, is_joiner = unicodedata.category(c), c in "\u200c\u200d"
+        if c.isspace() or category in ("Cs", "Co", "Cn"):
+            cleaned += " "
+        elif category not in ("Cc", "Cf") or is_joiner and cleaned[-1:] > "\u036f":  # beyond Latin
+            cleaned += c
+    return " ".join(cleaned.split())
 
 
 def words_of(texts):
@@ -148,15 +166,40 @@ class ArrayFile:
 
 
 def split_tracks(tracks, valid_fraction):
-    """Return the names of held-out tracks: those whose hash is below the fraction, but never none or all tracks."""
-    hashes = hash_names(tracks)
+    """Return the names of held-out tracks: those whose hash is below the fraction, but never none or all tracks.
+
+    Tracks with the same "group" stay together. The "split" of a track, train or valid, overrides the fraction.
+    """
+    fixed, hashes = {track["split"] for track in tracks if "split" in track}, hash_groups(tracks)
     n = sum(value < valid_fraction * 2**32 for value in hashes.values())
-    return set(list(hashes)[: min(max(1, n), len(hashes) - 1)])
+    n = min(max("valid" not in fixed, n), len(hashes) - ("train" not in fixed))
+    groups = set(list(hashes)[: max(0, n)])
+    names = {track["name"] for track in tracks
+             if (track["split"] == "valid" if "split" in track else group_name(track) in groups)}  # fmt: skip
+    if not 0 < len(names) < len(tracks):
+        raise UserError(f"{len(names)} of {len(tracks)} tracks would be held out, because of their group or split. Use"
+                        ' other groups (--group), or mark tracks with "split": "train" or "valid"')  # fmt: skip
+    return names
 
 
-def hash_names(tracks):
-    """Return {name of a track: 32-bit hash}, in the order of the hashes."""
-    hashes = {track["name"]: zlib.crc32(os.fsencode(track["name"])) for track in tracks}
+def group_name(track):
+    return track.get("group", track["name"])
+
+
+def group_of(name, by):
+    """Return the group of a track: by "folder" or, by "prefix", its name without a part's number: song_01 -> song."""
+    path = Path(name)
+    if by == "folder":
+        return str(path.parent)
+    words = "part|pt|seg|segment|chunk|clip|cut|slice|take|excerpt|section|v"
+    part = rf"[ _.\-(\[]+({words})?[ _.\-]*\d+s?[)\]]?$"
+    return str(path.parent / (re.sub(part, "", path.stem, flags=re.IGNORECASE) or path.stem))
+
+
+def hash_groups(tracks):
+    """Return {group of tracks without a "split": 32-bit hash}, in the order of the hashes."""
+    groups = {group_name(track) for track in tracks if "split" not in track}
+    hashes = {group: zlib.crc32(os.fsencode(group)) for group in groups}
     return dict(sorted(hashes.items(), key=lambda item: (item[1], item[0])))
 
 
@@ -166,7 +209,8 @@ def propose_fraction(tracks):
     The number is MIN_HELD_OUT, or 1 of 3 tracks if there are fewer than 2 * MIN_HELD_OUT.
     """
     n = MIN_HELD_OUT if len(tracks) >= 2 * MIN_HELD_OUT else max(1, len(tracks) // 3)
-    value = list(hash_names(tracks).values())[n - 1]
+    values = list(hash_groups(tracks).values())
+    value = values[min(n, len(values)) - 1] if values else 0
     for digits in range(2, 10):
         fraction = (value * 10**digits // 2**32 + 1) / 10**digits
         if len(split_tracks(tracks, fraction)) == n:

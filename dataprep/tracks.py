@@ -4,6 +4,8 @@ music/a.mp3, music/a.txt          a caption
 music/a.mp3, music/a.json         {"caption": "...", "genre": "jazz"}; audiocraft's "description" works too
 manifest.jsonl, data.jsonl.gz     {"path": "a.wav", "caption": "..."} per line; lines without text: as above
 music/jazz/a.mp3                  without any text: tags, folder names, estimated tempo and key
+
+Other keys of an entry become text, except "split", "group" (see `split_tracks`) and "melody_from".
 """
 
 import codecs
@@ -15,7 +17,7 @@ import os
 import re
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import mutagen
@@ -24,12 +26,16 @@ import sentencepiece
 import soundfile
 
 from audio import OTHER_SUFFIXES, SUFFIXES
-from common import UserError, first_line
+from common import UserError, first_line, quote
 from dataprep.analysis import KEYS
-from dataprep.shards import captions_of
+from dataprep.shards import captions_of, clean_text, group_of
 
 MANIFESTS = ("data.jsonl", "data.jsonl.gz", "manifest.jsonl")  # read from a folder without audio
 MANIFEST_LINE = '{"path": "a.wav", "caption": "..."}'
+TEXT_SUFFIXES = ".txt .json .jsonl .csv .tsv .parquet .xlsx .xml .yaml .yml .caption .captions .cap .lab .lrc".split()
+SYSTEM_FOLDERS = "__MACOSX @eaDir #recycle #snapshot $RECYCLE.BIN lost+found".split() + ["System Volume Information"]
+MISSING = "nan none null nat n/a #n/a <na> inf -inf".split()  # as pandas and spreadsheets write it
+SPLITS = {"train": "train", "training": "train"} | dict.fromkeys("valid validation val dev test".split(), "valid")
 NOT_METADATA = "duration sample_rate file_extension amplitude weight info_path".split()  # of audiocraft's manifests
 TAGS = {  # names of a tag in ID3, in MP4, and in Vorbis comments and libsndfile
     "genre": ("TCON", "©gen", "genre"), "title": ("TIT2", "©nam", "title"),
@@ -40,13 +46,16 @@ TAGS = {  # names of a tag in ID3, in MP4, and in Vorbis comments and libsndfile
 }  # fmt: skip
 
 
-def find_tracks(music):
+def find_tracks(music, group_by=""):
     """Return a list of tracks {"path", "melody_from", "name", "caption", "metadata"}. Raises UserError for bad input.
+
+    Print which files of the folder are not used.
 
     name          the path relative to the folder or manifest
     melody_from   the file whose melody is stored: a stem named by the entry, or the track itself
     caption       the first caption, or ""; a track with several also has "captions", a list of all
     metadata      all other keys of the entry and of its "attributes"
+    split, group  of the entry, if it has them; group_by, see `group_of`, groups the others
     """
     music = Path(music)
     if not music.exists():
@@ -54,7 +63,7 @@ def find_tracks(music):
     entries = list(read_folder(music) if music.is_dir() else read_manifest(music))
     manifests = [music / name for name in MANIFESTS if (music / name).is_file()]
     if manifests and not entries:
-        return find_tracks(manifests[0])
+        return find_tracks(manifests[0], group_by)
     if manifests:
         print(f"{manifests[0]}: not used, because the folder was passed. To use it, pass the manifest")
     root = music if music.is_dir() else music.parent
@@ -62,13 +71,16 @@ def find_tracks(music):
     for path, entry, where in entries:
         captions = pop_captions(entry, where)
         attributes = entry.pop("attributes", None) or {}
+        options = pop_options(entry, where)
         stem = entry.pop("melody_from", None)
         stem = (path.parent if music.is_dir() else root) / str(stem) if stem else path
         if not stem.is_file() and stem != path:
             raise UserError(f"{where}: melody_from {stem}: no such file")
         track = dict(path=str(path), melody_from=str(stem), name=os.path.relpath(path, root),
                      caption=captions[0] if captions else "",
-                     metadata=clean_metadata({**entry, **attributes}))  # fmt: skip
+                     metadata=clean_metadata({**entry, **attributes}), **options)  # fmt: skip
+        if group_by:
+            track.setdefault("group", group_of(track["name"], group_by))
         tracks.append(track | ({"captions": captions} if len(captions) > 1 else {}))
     if not tracks:
         raise UserError(f"{music}: contains no audio files ({', '.join(sorted(SUFFIXES))})")
@@ -80,13 +92,28 @@ def find_tracks(music):
 
 def read_folder(folder):
     """Yield (path, entry, where) of each audio file. where: the file to name in an error message."""
-    for path in sorted(files_under(folder)):
-        if path.suffix.lower() in SUFFIXES | OTHER_SUFFIXES:
-            yield path, read_sidecars(path), path.with_suffix(".json")
+    hidden = []
+    files = sorted(files_under(folder, hidden))
+    tracks = [path for path in files if path.suffix.lower() in SUFFIXES | OTHER_SUFFIXES]
+    sidecars = match_sidecars(tracks, files)
+    if hidden:
+        print(f"hidden or of the system, so not searched: {len(hidden)}, for example {hidden[0]}")
+    used = {text for texts in sidecars.values() for text in texts} | {folder / name for name in MANIFESTS}
+    unused = [os.path.relpath(path, folder) for path in files if path.suffix.lower() in TEXT_SUFFIXES]
+    unused = [name for name in unused if folder / name not in used]
+    if tracks and unused:
+        names = ", ".join(unused[:20]) + f" and {len(unused) - 20} more" * (len(unused) > 20)
+        print(f"text files that are not used: {names}. A caption is NAME.txt or NAME.json next to NAME.wav. Write a"
+              f" table as a manifest, {MANIFEST_LINE} per line, and pass it instead of the folder")  # fmt: skip
+    for path, entry in zip(tracks, read_sidecars(tracks, sidecars)):
+        yield path, entry, path.with_suffix(".json")
 
 
-def files_under(folder):
-    """Yield every file in a folder, its subfolders and symbolic links to folders, each once."""
+def files_under(folder, hidden):
+    """Yield every file in a folder, its subfolders and symbolic links to folders, each once.
+
+    Hidden files and folders and those of operating systems are left out and added to the list `hidden`.
+    """
 
     def fail(error):
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}). Make it readable, or move it away")
@@ -96,20 +123,62 @@ def files_under(folder):
         if os.path.realpath(root) in visited:
             folders.clear()
             continue
+        skipped = [name for name in folders + files if name.startswith(".") or name in SYSTEM_FOLDERS]
+        hidden += [os.path.join(root, name) for name in skipped]
+        folders[:] = set(folders) - set(skipped)
         folders.sort(key=lambda name: (os.path.islink(os.path.join(root, name)), name))  # folders before links to them
         visited.add(os.path.realpath(root))
-        yield from (Path(root, name) for name in files)
+        yield from (Path(root, name) for name in files if name not in skipped)
 
 
-def read_sidecars(path):
-    """Read NAME.json and NAME.txt, which lie next to an audio file, as an entry. NAME.txt overrides the caption."""
-    entry = {}
-    for sidecar in filter(Path.is_file, (path.with_suffix(".json"), path.with_suffix(".JSON"))):
-        entry = parse_entry(read_text(sidecar), sidecar)
-    for sidecar in filter(Path.is_file, (path.with_suffix(".txt"), path.with_suffix(".TXT"))):
-        if caption := clean_text(read_text(sidecar)):
-            entry["caption"] = caption
-    return entry
+def match_sidecars(tracks, files):
+    """Return {track: its text files among `files`}: NAME.json or NAME.wav.json, then NAME.txt or NAME.wav.txt.
+
+    Names may differ in case and Unicode normalization, unless the text belongs to another track.
+    """
+    texts = {path for path in sorted(files) if path.suffix.lower() in (".json", ".txt") and path.is_file()}
+    sidecars = {track: {} for track in tracks}
+    for key in (lambda path: path, lambda path: (path.parent, unicodedata.normalize("NFC", path.name).casefold())):
+        by_key = {key(path): path for path in sorted(texts, reverse=True)}
+        for track in tracks:
+            for suffix in sidecars[track].keys() ^ {".json", ".txt"}:
+                names = (track.with_suffix(suffix), track.with_name(track.name + suffix))
+                if match := next((by_key[key(name)] for name in names if key(name) in by_key), None):
+                    sidecars[track][suffix] = match
+        texts -= {path for matches in sidecars.values() for path in matches.values()}
+    return {track: [matches[suffix] for suffix in sorted(matches)] for track, matches in sidecars.items()}
+
+
+def read_sidecars(tracks, sidecars):
+    """Return the entry of each track. NAME.txt overrides the caption of NAME.json.
+
+    sidecars: from `match_sidecars`. Raises one UserError that names all files that cannot be used.
+    """
+    entries, errors, undecodable = [], [], defaultdict(list)
+    for track in tracks:
+        entries.append({})
+        for path in sidecars[track]:
+            try:
+                text = read_text(path)
+                if path.suffix.lower() == ".json":
+                    entries[-1] = parse_entry(text, path)
+                elif (caption := clean_text(text)) and not is_missing(caption):
+                    entries[-1]["caption"] = caption
+            except EncodingError as error:
+                undecodable[error.encoding].append(path)
+            except UserError as error:
+                errors.append(str(error))
+    errors += [convert_line(paths, encoding) for encoding, paths in undecodable.items()]
+    if errors:
+        raise UserError("; ".join(errors))
+    return entries
+
+
+def convert_line(paths, encoding):
+    """Return an error message for text files, with the shell command that converts them to UTF-8."""
+    command = f'iconv -f {encoding} -t UTF-8 "$f" > "$f.new" && mv "$f.new" "$f"'
+    return (f"text files that are not UTF-8 but probably {encoding}: {len(paths)}. Save them as UTF-8, for example"
+            f" with: for f in {quote(*paths)}; do {command}; done")  # fmt: skip
 
 
 def read_manifest(manifest):
@@ -119,8 +188,13 @@ def read_manifest(manifest):
     """
     try:
         lines = read_text(manifest).split("\n")
+    except EncodingError as error:
+        if manifest.suffix.lower() in TEXT_SUFFIXES:
+            raise UserError(convert_line([manifest], error.encoding)) from None
+        raise UserError(f"{manifest}: neither a folder of audio nor a JSONL manifest. Pass the folder") from None
     except UserError:
         raise UserError(f"{manifest}: neither a folder of audio nor a JSONL manifest. Pass the folder") from None
+    entries = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -133,14 +207,19 @@ def read_manifest(manifest):
             path = Path(name)
         if not path.is_file():
             raise UserError(f"{where}: {path}: no such file")
-        has_text = clean_metadata({**entry, "melody_from": None})
-        yield path, entry if has_text else {**read_sidecars(path), **entry}, where
+        entries.append((path, entry, where))
+    no_text = dict.fromkeys(("melody_from", "split", "group"))
+    tracks = {path: None for path, entry, _ in entries if not clean_metadata({**entry, **no_text})}
+    files = [path for folder in {path.parent: None for path in tracks} for path in folder.iterdir()]
+    sidecars = dict(zip(tracks, read_sidecars(tracks, match_sidecars(tracks, files))))
+    for path, entry, where in entries:
+        yield path, {**sidecars.get(path, {}), **entry}, where
 
 
 def parse_entry(text, where, example='{"caption": "...", "genre": "jazz"}'):
     """Parse the JSON object of a sidecar or a manifest's line."""
     try:
-        entry = json.loads(text)
+        entry = json.loads(text, parse_constant=lambda name: None)  # NaN and Infinity, which are not JSON
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({first_line(error)}). Write one object: {example}") from None
     if not isinstance(entry, dict):
@@ -148,6 +227,15 @@ def parse_entry(text, where, example='{"caption": "...", "genre": "jazz"}'):
     if not isinstance(entry.get("attributes") or {}, dict):
         raise UserError(f'{where}: "attributes" must be an object, {{"genre": "jazz"}}')
     return entry
+
+
+class EncodingError(UserError):
+    """A file is not text in UTF-8. encoding: a guess, as iconv names it."""
+
+    def __init__(self, path, content):
+        super().__init__(f"{path}: not UTF-8 text. Save it as UTF-8")
+        zeros = content[1::2].count(0), content[::2].count(0)
+        self.encoding = "WINDOWS-1252" if not max(zeros) else "UTF-16LE" if zeros[0] > zeros[1] else "UTF-16BE"
 
 
 def read_text(path):
@@ -162,21 +250,29 @@ def read_text(path):
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise UserError(f"{path}: not UTF-8 text. Save it as UTF-8")
+        raise EncodingError(path, content)
     return text
 
 
-def clean_text(text):
-    """Return text as one line, without invisible characters: controls, zero-width characters, direction marks."""
-    invisible = ("Cc", "Cf", "Cs", "Co", "Cn")
-    return " ".join("".join(" " if unicodedata.category(c) in invisible else c for c in text).split())
+def is_missing(value):
+    """Return whether a value of an entry stands for no value, such as "NaN"."""
+    return value in (None, "") or str(value).strip().lower() in MISSING
+
+
+def pop_options(entry, where):
+    """Remove "split" and "group" from an entry and return those that have a value."""
+    split, group = entry.pop("split", None), entry.pop("group", None)
+    if not is_missing(split) and str(split).lower() not in SPLITS:
+        raise UserError(f'{where}: "split" must be "train" or "valid", not {split!r}. Change it, or remove the entry')
+    options = {} if is_missing(split) else {"split": SPLITS[str(split).lower()]}
+    return options if is_missing(group) else {**options, "group": str(group).encode(errors="replace").decode()}
 
 
 def pop_captions(entry, where):
     """Remove "caption" and audiocraft's "description" from an entry and return its captions, without empty ones."""
     captions = []
     for value in (entry.pop("caption", None), entry.pop("description", None)):
-        texts = value if isinstance(value, list) else [value or ""]
+        texts = [text for text in (value if isinstance(value, list) else [value]) if text and not is_missing(text)]
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f'{where}: "caption" must be text, or a list of texts, not {texts[0]!r}')
         captions = captions or [text for text in map(clean_text, texts) if text]
@@ -188,9 +284,11 @@ def clean_metadata(entry):
     metadata = {}
     for key, value in entry.items():
         if isinstance(value, list):
-            value = ", ".join(str(part) for part in value if isinstance(part, (str, int, float)) and part != "")
+            parts = (part for part in value if isinstance(part, (str, int, float)) and not is_missing(part))
+            value = ", ".join(map(str, parts))
         name, value = clean_text(key), clean_text(value) if isinstance(value, str) else value
-        if isinstance(value, (str, int, float)) and value != "" and name and key not in NOT_METADATA:
+        is_value = isinstance(value, (str, int, float)) and not is_missing(value)
+        if is_value and name and key not in NOT_METADATA:
             metadata[name] = value
     return metadata
 
@@ -238,7 +336,7 @@ def read_tags(path, names):
         else:
             texts = [text for key in keys for text in (tags or {}).get(key, [])]
         text = clean_text(", ".join(texts) or libsndfile_tags.get(keys[0], ""))
-        if text not in ("", "0"):
+        if text != "0" and not is_missing(text):
             texts_by_name[name] = text
     return texts_by_name
 

@@ -24,6 +24,7 @@ import common
 import distributed
 import prepare
 from common import UserError
+from dataprep.analysis import count_cores
 
 SAMPLE_RATE = 16000
 VERSION = 2  # of the audio and the captions; a corpus of another version is replaced
@@ -268,7 +269,8 @@ def write_corpus(folder, clips, seed=0, workers=None, instrument=""):
         description.write_text(wanted)
     if not manifest.exists():
         write = functools.partial(write_clip, folder, seed, instrument)
-        with multiprocessing.get_context("spawn").Pool(workers) if workers != 1 else contextlib.nullcontext() as pool:
+        workers, spawn = workers or count_cores(), multiprocessing.get_context("spawn")
+        with spawn.Pool(workers) if workers != 1 else contextlib.nullcontext() as pool:
             lines = pool.imap(write, range(clips), chunksize=16) if pool else map(write, range(clips))
             lines = list(tqdm(lines, total=clips, desc="synthesizing", unit="clip", file=sys.stdout))
         common.write_file(manifest, "".join(f"{line}\n" for line in lines).encode())

@@ -56,6 +56,42 @@ def test_a_wav_of_an_interrupted_recording_is_read_completely(tmp_path):
         load_audio(path, 16_000)
 
 
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT", "MS_ADPCM"])
+def test_a_wav_with_a_size_that_is_too_small_is_read_to_its_end(subtype, tmp_path):
+    """Chunks, tags and zeros after the samples are no samples, even if their own sizes are wrong."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 20 * 16_000), 16_000, subtype=subtype)
+    expected, content = load_audio(path, 16_000), path.read_bytes()
+    place = content.index(b"data") + 4
+    stated = 3 * int.from_bytes(content[place : place + 4], "little") // 20 // 2048 * 2048
+    path.write_bytes(content[:place] + stated.to_bytes(4, "little") + content[place + 4 :])
+    assert load_audio(path, 16_000).shape[1] == pytest.approx(expected.shape[1], abs=2100)
+    for start in (b"LIST", b"id3 \xff", b"ID3\x04", b"APETAGEX", b"<?xml", bytes(8), b"\0id3 "):
+        path.write_bytes(content + start + bytes(range(256)) * 1000)
+        assert torch.equal(load_audio(path, 16_000), expected), start
+    path.write_bytes(content[:place] + b"\xff" * 4 + content[place + 4 :])  # ffmpeg, into a pipe
+    assert torch.equal(load_audio(path, 16_000), expected)
+
+
+def test_a_flac_without_a_length_is_read(tmp_path):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 20 * 16_000), 16_000)
+    expected, content = load_audio(path, 16_000), path.read_bytes()
+    block = int.from_bytes(content[18:26], "big") >> 36 << 36
+    path.write_bytes(content[:18] + block.to_bytes(8, "big") + content[26:])  # recorded from a pipe
+    assert torch.equal(load_audio(path, 16_000), expected)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
+def test_one_channel_is_used_if_the_mix_would_cancel(suffix, tmp_path):
+    left = 0.3 * np.sin(np.arange(30 * 16_000) / 10) * (np.arange(30 * 16_000) > 5 * 16_000)  # after 5 s of silence
+    for right, expected in ((-left, left), (-0.9 * left, left), (-1.1 * left, 1.1 * left), (0 * left, 0.5 * left)):
+        soundfile.write(tmp_path / f"a.{suffix}", np.stack([left, right], 1), 16_000)
+        level = load_audio(tmp_path / f"a.{suffix}", 16_000).square().mean().sqrt()
+        assert level == pytest.approx((expected**2).mean() ** 0.5, rel=0.05)
+    assert load_audio(tmp_path / f"a.{suffix}", 16_000, 2)[1].abs().max() < 0.01, "stereo stays as it is"
+
+
 @pytest.mark.parametrize("rate", [48_000, 44_100, 32_000, 22_050, 16_000, 8_000])
 def test_an_mp3_that_libsndfile_reads_only_in_part_is_refused(rate, tmp_path):
     """libsndfile uses the header: it reads the first of two joined files, and a part of a file without header."""
@@ -73,6 +109,10 @@ def test_an_mp3_that_libsndfile_reads_only_in_part_is_refused(rate, tmp_path):
     for changed in (tag + content, content + b"APETAGEX" + picture.tobytes(), bytes(1000) + content + bytes(1000)):
         path.write_bytes(changed)
         assert mp3_seconds(path) == seconds
+        load_audio(path, 16_000)
+
+    path.write_bytes(b"no audio" * 1000)
+    with pytest.raises(UserError, match="a.mp3: cannot be read as audio .not audio"):
         load_audio(path, 16_000)
 
     id3v1 = b"TAG" + bytes(125)

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ import pytest
 import sentencepiece
 import soundfile
 import torch
-from conftest import ROOT, Ranks
+from conftest import ROOT, Ranks, finish, start
 
 import audio
 import common
@@ -26,12 +28,12 @@ import prepare
 from audio import load_audio
 from codec import load_codec
 from common import UserError
-from conditioning import chromagram, draw_conditions, strongest
+from conditioning import chromagram, draw_conditions, merge_text, strongest
 from config import Settings
 from data import TokenDataset
-from dataprep.analysis import KEYS, analyse, analyse_track, key_of, onset_strength, tempo_of
+from dataprep.analysis import KEYS, analyse, analyse_track, count_cores, key_of, onset_strength, tempo_of
 from dataprep.report import DEMO_FIGURES, check, compare, find_damage, measure_reconstruction, print_verdict
-from dataprep.shards import MIN_HELD_OUT, propose_fraction, split_tracks, text_of
+from dataprep.shards import MIN_HELD_OUT, clean_text, propose_fraction, split_tracks, text_of
 from dataprep.tracks import find_tracks, read_tags
 from demo import tiny
 
@@ -200,7 +202,8 @@ def test_windows_do_not_change_the_analysis(tmp_path, monkeypatch):
     monkeypatch.setattr(audio.read_blocks, "__defaults__", (1, 1))
     monkeypatch.setattr(soundfile.SoundFile, "read", record_and_read)
     analysis = analyse(tmp_path / "a.wav", codec)
-    assert [len(block) for block in blocks] == [22_050] * 4 + [1800], "reads at most one block at a time"
+    lengths = [len(block) for block in blocks[20:-20]]  # between the excerpts of `uncancelled_channel`
+    assert lengths == [22_050] * 4 + [1800] and max(map(len, blocks)) == 22_050, "reads at most one block at a time"
     assert torch.equal(analysis["codes"], expected["codes"]) and torch.equal(analysis["chroma"], expected["chroma"])
     assert analysis["tempo"] == expected["tempo"] and analysis["key"] == expected["key"]
 
@@ -406,8 +409,144 @@ def test_captions_are_decoded_and_cleaned(tmp_path, content, caption):
 
 @pytest.mark.parametrize("content", ["caf\xe9".encode("latin-1"), "calm".encode("utf-16-le"), b"\x00\x01"])
 def test_captions_in_other_encodings_raise_an_error_with_the_file_name(tmp_path, content):
-    with pytest.raises(UserError, match=r"0\.txt: not UTF-8 text. Save it as UTF-8"):
-        tracks_in(make_folder(tmp_path, txt=content))
+    music = make_folder(tmp_path, txt=content)
+    with pytest.raises(UserError, match=r"not UTF-8.*/0\.txt; do iconv -f "):
+        tracks_in(music)
+    (music / "manifest.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"not UTF-8.*/manifest\.jsonl; do iconv -f "):
+        tracks_in(music / "manifest.jsonl")
+
+
+def test_one_error_names_all_unusable_captions_and_its_command_converts_them(command, tmp_path):
+    music = make_folder(tmp_path, json=b"{")
+    texts = {"1": ("voilà, l'été", "windows-1252"), "2 b": ("ça", "windows-1252"), "3": ("café", "utf-16-le")}
+    os.rename(music / "2.wav", music / "2 b.wav")
+    for name, (caption, encoding) in texts.items():
+        (music / f"{name}.txt").write_bytes(caption.encode(encoding))
+    status, printed = command(prepare, music, "--out", tmp_path / "out")
+    assert status == 2 and printed.count("\n") == 1 + printed.count("hidden") + printed.count("not used"), printed
+    assert all(f"{name}.txt" in printed for name in texts) and "0.json: not JSON" in printed, printed
+    for loop in re.findall(r"for f in .*?; done", printed):
+        subprocess.run(["bash", "-ec", loop], check=True)
+    (music / "0.json").unlink()
+    tracks = tracks_in(music)
+    assert {name: tracks[f"{name}.wav"]["caption"] for name in texts} == {
+        name: caption for name, (caption, _) in texts.items()}  # fmt: skip
+
+
+def test_hidden_files_and_those_of_systems_are_counted_but_not_used(tmp_path, capsys):
+    music = make_folder(tmp_path)
+    for name in ("._0.wav", "._0.txt", "._1.json", "._2.mp3", ".Trash-1000/files/7.wav", "__MACOSX/1.wav",
+                 ".ipynb_checkpoints/0-checkpoint.wav", "@eaDir/1.wav", "a/.hidden/8.wav"):  # fmt: skip
+        (music / name).parent.mkdir(parents=True, exist_ok=True)
+        (music / name).write_bytes(b"\x00\x05\x16\x07\xff")
+    assert sorted(tracks_in(music)) == ["0.wav", "1.wav", "2.wav", "3.wav"]
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "not searched: 9," in printed
+    shutil.copytree(music, tmp_path / ".cache" / "music")
+    assert len(tracks_in(tmp_path / ".cache" / "music")) == 4, "the folder itself was chosen by the user"
+
+
+def test_captions_that_almost_match_are_used_and_the_others_are_named(tmp_path, capsys):
+    music = make_folder(tmp_path)
+    for track, sidecar in (("Café", "Cafe\u0301.txt"), ("b", "b.wav.txt"), ("c", "C.TXT"), ("d", "d.wav.json")):
+        soundfile.write(music / f"{unicodedata.normalize('NFC', track)}.wav", TONE, 22_050)
+        text = f"caption of {track}"
+        (music / sidecar).write_text(json.dumps({"caption": text}) if sidecar.endswith("json") else text)
+    soundfile.write(music / "UP.wav", TONE, 22_050)
+    soundfile.write(music / "up.wav", TONE, 22_050)
+    (music / "up.txt").write_text("belongs to one of two")
+    unused = ["0_caption.txt", "metadata.csv", "README.txt", "table.parquet", "b.caption"]
+    for name in unused:
+        (music / name).write_text("file_name,text\n0.wav,a tone\n")
+    tracks = tracks_in(music)
+    for name in ("Café", "b", "c", "d"):
+        assert tracks[f"{name}.wav"]["caption"] == f"caption of {name}"
+    assert tracks["up.wav"]["caption"] == "belongs to one of two" and tracks["UP.wav"]["caption"] == ""
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and all(name in printed for name in unused) and "up.txt" not in printed, printed
+    lines = [{"path": name} for name in ("Café.wav", "b.wav", "0.wav")]
+    (music / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [track["caption"] for track in tracks_in(music / "m.jsonl").values()] == [
+        "caption of Café", "caption of b", "plain tone 0"]  # fmt: skip
+
+
+def test_invisible_letters_are_removed_without_a_blank_except_joiners_that_scripts_need():
+    assert clean_text("melan\u00adcholic vio\u00adlin") == "melancholic violin"
+    assert clean_text("wo\u2060rd mu\u200bsic\ufeff le\u200eft in\u200cvisible \u200d") == "word music left invisible"
+    for text in ("می\u200cخواهم", "क्\u200dष", "👩\u200d🎤 sings"):
+        assert clean_text(text) == text
+
+
+@pytest.mark.parametrize("name", ["prefix", "folder", "manifest"])
+def test_files_of_one_song_stay_in_one_split(command, tmp_path, name):
+    music = tmp_path / "music"
+    for song in range(4):
+        for part in range(5):
+            path = music / f"song{song}" / f"{part}.wav" if name == "folder" else music / f"song{song}_{part:03d}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, TONE[: 22_050 + 1000 * song + 100 * part], 22_050)
+    lines = [dict(path=path.name, group=path.name[:5]) for path in music.glob("*.wav")]
+    (tmp_path / "music" / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source, options = (music / "m.jsonl", ()) if name == "manifest" else (music, ("--group", name))
+    args = ("--workers", 1, "--valid_fraction", 0.5)
+    if name == "prefix":
+        status, printed = command(prepare, music, "--out", tmp_path / "leaking", *args)
+        assert status == 0 and "songs seem to be in both splits, for example song" in printed and "--group" in printed
+    status, printed = command(prepare, source, "--out", tmp_path / "out", *args, *options)
+    assert status == 0 and "both splits" not in printed, printed
+    songs = [{track["name"][:5] for track in TokenDataset(tmp_path / "out", split).tracks}
+             for split in ("train", "valid")]  # fmt: skip
+    assert all(songs) and not songs[0] & songs[1] and len(songs[0] | songs[1]) == 4
+
+
+def test_numbered_names_are_no_songs_and_one_group_cannot_be_split(command, tmp_path):
+    music, args = make_folder(tmp_path), ("--workers", 1, "--valid_fraction", 0.5, "--replace")
+    for number in range(4):
+        os.rename(music / f"{number}.wav", music / f"clip_{number:05d}.wav")
+    status, printed = command(prepare, music, "--out", tmp_path / "out", *args)
+    assert status == 0 and "both splits" not in printed, printed
+    status, printed = command(prepare, music, "--out", tmp_path / "out", *args, "--group", "folder")
+    assert status == 2 and "--group" in printed.splitlines()[-1], printed
+
+
+def test_a_manifest_decides_the_split_and_lengths_are_limited(command, tmp_path):
+    music, out = make_folder(tmp_path), tmp_path / "out"
+    soundfile.write(music / "long.wav", np.tile(TONE, 3), 22_050)
+    for held_out in ("0.wav", "3.wav"):
+        lines = [dict(path=path.name, split="valid" if path.name == held_out else "train", caption="x")
+                 for path in music.glob("*.wav")]  # fmt: skip
+        (music / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        status, printed = command(prepare, music / "m.jsonl", "--out", out, "--workers", 1, "--replace",
+                                  "--valid_fraction", 0.9, "--max_seconds", 5)  # fmt: skip
+        assert status == 0, printed
+        assert [track["name"] for track in TokenDataset(out, "valid").tracks] == [held_out]
+        assert len(TokenDataset(out, "train").tracks) == 3 and "6.00 s long, longer than 5" in printed
+        assert all(track["metadata"] == {} for track in tracks_of(out))
+    for split, message in (("dev1", 'line 1: "split" must be "train" or "valid"'), ("train", '"split"')):
+        lines = [dict(path=f"{number}.wav", split=split) for number in range(4)]
+        (music / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        status, printed = command(prepare, music / "m.jsonl", "--out", tmp_path / "more")
+        assert status == 2 and message in printed and len(printed.splitlines()) == 1, printed
+
+
+def test_channels_that_cancel_are_reported(tmp_path, capsys):
+    music = make_folder(tmp_path)
+    for name, gain in (("inverted", -1), ("almost", -0.97), ("wide", -0.2)):
+        soundfile.write(music / f"{name}.wav", np.stack([TONE, gain * TONE], 1), 22_050)
+    prepare.prepare(music, tmp_path / "out", workers=1)
+    levels = {track["name"]: track["level"] for track in tracks_of(tmp_path / "out")}
+    assert levels["inverted.wav"] == pytest.approx(levels["0.wav"], abs=0.1) == levels["almost.wav"]
+    (line,) = [line for line in capsys.readouterr().out.split("\n") if "Channels cancel" in line]
+    assert "2 tracks" in line and "almost.wav" in line and "inverted.wav" in line
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs an affinity")
+def test_as_many_workers_as_usable_cores():
+    code = "import os; from dataprep.analysis import count_cores; os.sched_setaffinity(0, {CORE}); print(count_cores())"
+    core = min(os.sched_getaffinity(0))
+    assert finish(start("-c", code.replace("CORE", str(core)))) == "1\n"
+    assert 1 <= count_cores() <= len(os.sched_getaffinity(0))
 
 
 def test_audiocraft_sidecars_are_read(tmp_path):
@@ -596,6 +735,10 @@ def test_metadata_replaces_a_missing_caption():
     assert texts == {"genre: jazz. bpm: 90", "bpm: 90. genre: jazz"}
     assert draw_conditions("a tone", {"genre": "jazz"}, 50, 50, rng, settings)["text"] == "a tone"
     assert text_of(dict(caption="", metadata={"genre": "jazz", "bpm": 90})) == "genre: jazz. bpm: 90"
+    assert text_of(dict(caption="", metadata={"title": "Go!", "bpm": 90})) == "title: Go! bpm: 90"
+    for caption in ("A cool song.", "A song...", 'He sings "go."', "Jazz!", "(Slow.)", "slow,", "静かな曲。", "lent…"):
+        assert merge_text(caption, {"genre": "jazz"}, rng) == f"{caption} genre: jazz"
+    assert merge_text("A song", {"genre": "jazz"}, rng) == "A song. genre: jazz"
     assert text_of(dict(caption="a tone", metadata={"genre": "jazz"})) == "a tone"
 
 
@@ -770,6 +913,9 @@ def test_captions_of_any_script_can_be_tokenized(captions):
 @pytest.mark.parametrize("entry, caption, metadata", [
     ({"caption": None, "description": "a pad"}, "a pad", {}),
     ({"caption": "x", "moods": [None, "", {"a": 1}, "calm"], "attributes": None}, "x", {"moods": "calm"}),
+    ({"caption": float("nan"), "description": "a pad", "bpm": float("nan"), "key": "NaN", "year": float("inf"),
+      "moods": ["calm", float("nan")], "split": float("nan"), "melody_from": float("nan")}, "a pad", {"moods": "calm"}),
+    ({"caption": ["nan", None, "a pad"], "bpm": 1e999}, "a pad", {}),
     ({"caption": "x", "a\n": " \u200b", "b": {}, "c\u0000": "\ud83d jazz"}, "x", {"c": "jazz"}),
 ])  # fmt: skip
 def test_the_valid_parts_of_odd_entries_are_used(tmp_path, entry, caption, metadata):

@@ -45,6 +45,7 @@ from codec import encode_long, load_codec
 from common import UserError, first_line
 from config import Settings
 from dataprep import shards
+from dataprep.analysis import count_cores
 from demo import corpus
 from extras import compiler
 from generate import generate, optimize, stream
@@ -295,7 +296,7 @@ def bench_prepare(args):
         codec = load_codec("tiny").to("cuda" if torch.cuda.is_available() else "cpu")
         wavs = [load_audio(path, codec.sample_rate, 1) for path in sorted(audio.glob("*.flac"))]
         seconds = sum(wav.shape[1] for wav in wavs) / codec.sample_rate
-        workers = os.cpu_count() if codec.device.type == "cpu" else 1
+        workers = count_cores() if codec.device.type == "cpu" else 1
         with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
             shares = [(codec, [wav.numpy() for wav in wavs[i::workers]]) for i in range(workers)]
             codec_seconds = max(map(encode_alone, shares) if workers == 1 else pool.map(encode_alone, shares))
