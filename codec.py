@@ -20,6 +20,7 @@ import importlib.util
 import itertools
 import sys
 import warnings
+from pathlib import Path
 
 import safetensors
 import torch
@@ -199,22 +200,35 @@ def load_codec(name, weights=""):
     return Codec(name, model, model.quantizer.n_q, past=100, future=6, channels=channels)
 
 
+def download(url):
+    """Return the path of torch hub's copy of a file whose name ends in "-" and its hash. Download it if necessary."""
+    path, expected = Path(torch.hub.get_dir(), "checkpoints", Path(url).name), Path(url).stem.split("-")[-1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), expected)
+        except RuntimeError as error:  # another hash
+            raise UserError(f"{url}: damaged download ({first_line(error)}); run the command again") from None
+    if not (digest := hashlib.sha256(path.read_bytes()).hexdigest()).startswith(expected):
+        raise UserError(f"{path}: damaged (its SHA-256 starts with {digest[:8]}, not {expected}); remove it to download"
+                        " it again")  # fmt: skip
+    return path
+
+
 def load_encodec_24khz(weights):
     url = "https://dl.fbaipublicfiles.com/encodec/v0/encodec_24khz-d7cc33bc.th"
     model = EncodecModel.encodec_model_24khz(pretrained=False)
     try:
-        if weights:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        else:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
-        model.load_state_dict(state)
+        model.load_state_dict(torch.load(weights or download(url), map_location="cpu", weights_only=True))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{weights}: no such file. Download {url}") from None
     except OSError as error:
         raise UserError(f"encodec_24khz cannot be downloaded ({error}). Download {url} on another machine"
                         " and pass --codec_weights=FILE, or use --codec=tiny") from None  # fmt: skip
     except Exception as error:
-        source = weights or "the download"
+        source = weights or download(url)
         raise UserError(f"{source}: not the weights of encodec_24khz ({first_line(error)}). Download {url} and pass"
                         " --codec_weights=FILE") from None  # fmt: skip
     return model

@@ -1,11 +1,14 @@
 """Shared by all programs: one-line errors, files, the device, checkpoints."""
 
+import builtins
 import contextlib
 import ctypes
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,8 +41,11 @@ def run(main, out_of_memory_advice=lambda: "use --device cpu if there is that op
 
     out_of_memory_advice: returns the end of the out-of-memory message: memory by part, and settings that lower it.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if the shell closed it
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8, and terminals may lack letters
+    sys.stdout = stdout = sys.stdout or open(os.devnull, "w")  # None if the shell closed it
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8; terminals may lack letters
+    sys.argv[1:] = map(expand_home, sys.argv[1:])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return main()
     except KeyboardInterrupt:
@@ -57,6 +63,12 @@ def run(main, out_of_memory_advice=lambda: "use --device cpu if there is that op
         request = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         detail = request[0].lower() if request else first_line(error)
         message, status = f"error: out of memory ({detail}); {out_of_memory_advice()}", 2
+    finally:
+        if hasattr(builtins, "__IPYTHON__"):  # a notebook's process runs other programs next
+            sys.stdout = stdout
+            LOCKS.clear()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         time.sleep(3)  # torchrun ends the other ranks once rank 0 ends, so an error of all ranks is printed once
     if message:
@@ -67,7 +79,25 @@ def run(main, out_of_memory_advice=lambda: "use --device cpu if there is that op
     sys.exit(status)
 
 
+def quote(*words):
+    """Return words as a command for a shell. Letters that cannot be printed are written as bytes: $'a\\xfcs'."""
+
+    def quote_word(word):
+        if word.isprintable():
+            return shlex.quote(word)
+        letters = re.sub(r"[^\w /.=-]", lambda match: "".join(f"\\x{b:02x}" for b in os.fsencode(match[0])), word)
+        return f"$'{letters}'"
+
+    return " ".join(quote_word(str(word)) for word in words)
+
+
 # --------------------------------------------------------------------------------------------------------- files
+
+
+def expand_home(word):
+    """Replace ~ by the home folder in PATH and in --option=PATH, where a shell keeps it."""
+    option, path = re.fullmatch(r"(--\w+=)?(.*)", word, re.DOTALL).groups(default="")
+    return option + os.path.expanduser(path) if re.fullmatch(r"~[\w.-]*(/.*)?", path, re.DOTALL) else word
 
 
 def write_file(path, content):
@@ -94,8 +124,13 @@ def write_file(path, content):
         ) from None
 
 
+def to_json(value, **options):
+    """Return `json.dumps`, with null for inf and nan, which JSON lacks."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), **options)
+
+
 def write_json(path, value):
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    text = to_json(value, indent=1, ensure_ascii=False) + "\n"
     write_file(path, text.encode(errors="backslashreplace"))  # file names need not be UTF-8; JSON has the same escapes
 
 
@@ -128,6 +163,16 @@ def git(*command):
                               errors="replace").stdout  # fmt: skip
     except OSError:
         return ""
+
+
+def describe_code(limit=10**6):
+    """Return commit, changes and diff of this folder's Python files, at most `limit` bytes.
+
+    Other files may hold secrets, such as those of a larger repository that contains this folder.
+    """
+    files = ("--", "*.py")
+    changes = git("status", "--short", *files) + git("diff", "--no-ext-diff", "--no-color", "HEAD", *files)
+    return (git("rev-parse", "HEAD") + changes).encode()[:limit]
 
 
 def lock(folder):
@@ -204,8 +249,9 @@ def load_checkpoint(path, kinds=("last", "best")):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train one with: python train.py config/demo.py, or import one"
                         " with: python -m tools.convert import")  # fmt: skip
+    is_utf8 = str(path) == str(path).encode(errors="replace").decode()  # torch cannot map files of other names
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_utf8)
     except PermissionError:
         raise UserError(f"{path}: permission denied; change its permissions") from None
     except Exception as error:

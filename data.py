@@ -5,6 +5,7 @@ An item is a segment of a track, with its conditions. dataprep/shards.py describ
 Letters: B batch, K codebooks, T frames of an item.
 """
 
+import gc
 import signal
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import UserError
+from common import UserError, quote
 from conditioning import CHROMA_RATE, SILENCE, all_conditions, draw_conditions, to_device
 from dataprep.shards import ArrayFile, captions_of, read_meta, read_tracks, text_of, words_of
 
@@ -86,7 +87,7 @@ class TokenDataset:
         if codes.max() >= self.card:
             raise UserError(
                 f"{self.folder}: {track['name']} has code {codes.max()}, but {self.meta['codec']['name']} ends at"
-                f" {self.card - 1}; to find all damage: python prepare.py check {self.folder}"
+                f" {self.card - 1}; to find all damage: python prepare.py check {quote(self.folder)}"
             )
         return codes
 
@@ -184,6 +185,7 @@ class TrainingBatches(torch.utils.data.Dataset):
 def loader(batches, first, device):
     """Iterate over batches[first], batches[first + 1] ... For a GPU, a worker loads ahead into pinned memory."""
     on_gpu = device.type == "cuda"
+    gc.collect()  # a forked worker would keep the mapped last.pt and its disk space, which a reference cycle holds
     return iter(torch.utils.data.DataLoader(
         batches, sampler=range(first, len(batches)), batch_size=None, num_workers=int(on_gpu), pin_memory=on_gpu,
         worker_init_fn=ignore_signals,

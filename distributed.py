@@ -87,6 +87,22 @@ def gather(value):
     return values
 
 
+def call_on_rank_0(function):
+    """Call a function on rank 0 and return its value on every rank. A UserError is raised on every rank too."""
+    value = None
+    if rank() == 0:
+        try:
+            value = function()
+        except UserError as error:
+            value = error
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, 0, slow_group())
+    if isinstance(values[0], UserError):
+        raise values[0]
+    return values[0]
+
+
 def sum_over_ranks(tensor):
     """Sum a tensor over all ranks, in place, and return it."""
     if world_size() > 1:

@@ -51,7 +51,8 @@ def read_log(path):
     if not path.exists():
         return []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        text = path.read_text(encoding="utf-8")
+        lines = [json.loads(line, parse_constant=lambda name: None) for line in text.split("\n")[:-1]]
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({first_line(error)}); repair or remove it") from None
     if not all(isinstance(line, dict) and type(line.get("step")) is int for line in lines):
@@ -99,17 +100,18 @@ class Log:
             from tools.loggers import open_logger
 
             self.writer = open_logger(s, step)
-        logs = [read_log(self.out / f"{name}.jsonl") for name in ("metrics", "history")]
-        metrics_lines, history = distributed.gather(logs)[0]
-        self.history = [line for line in history if line["step"] <= step]
-        if not self.is_committed(step):
-            self.history = [line for line in self.history if line["step"] < step]
-        if distributed.rank() == 0:
-            self.replace("metrics", [line for line in metrics_lines if line["step"] <= step])
-            self.replace("history", self.history)
+        self.history = distributed.call_on_rank_0(lambda: self.cut_back(step))
         self.best_ce = next((line["ce"] for line in reversed(self.history) if line["stage"] == "best"), math.inf)
-        for line in self.history:
+        for line in self.history if step < s.steps else ():
             print(in_words(line))
+
+    def cut_back(self, step):
+        metrics_lines, self.history = (read_log(self.out / f"{name}.jsonl") for name in ("metrics", "history"))
+        last = step if self.is_committed(step) else step - 1
+        self.history = [line for line in self.history if line["step"] <= last]
+        self.replace("metrics", [line for line in metrics_lines if line["step"] <= step])
+        self.replace("history", self.history)
+        return self.history
 
     def restart(self, step):
         """Start new files. The old files are renamed, for example metrics_until_000500.jsonl."""
@@ -122,13 +124,13 @@ class Log:
         self.history, self.best_ce = [], math.inf
 
     def replace(self, name, lines):
-        common.write_file(self.out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        common.write_file(self.out / f"{name}.jsonl", "".join(common.to_json(line) + "\n" for line in lines).encode())
 
     def write(self, name, line):
         if distributed.rank() > 0:
             return
         with open(self.out / f"{name}.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(common.to_json(line) + "\n")
         if self.writer:
             group = "train" if name == "metrics" else line["stage"].replace("train", "train_epoch")
             self.writer({f"{group}/{key}": value for key, value in numbers(line).items()}, line["step"])

@@ -15,7 +15,6 @@ number of processes is the same.
 import faulthandler
 import functools
 import math
-import shlex
 import shutil
 import signal
 import sys
@@ -244,7 +243,9 @@ def restore(state, start, s):
     )  # {} if the saved run did not use float16
     for key in SAVED_FIELDS:
         setattr(state, key, saved.get(key, getattr(state, key)))  # checkpoints of older code have no epoch means
-    print("; ".join([f"resuming from {s.out}/last.pt at step {state.step}", *start.changes.values()]))
+    finished = f"{s.out}: finished at step {state.step}; raise --steps to train further"
+    resumes = f"resuming from {s.out}/last.pt at step {state.step}"
+    print("; ".join([resumes if state.step < s.steps else finished, *start.changes.values()]))
 
 
 def start_run(s, state, codec, train_data, valid_data, start):
@@ -255,8 +256,7 @@ def start_run(s, state, codec, train_data, valid_data, start):
         if start.signature != common.size_and_mtime(Path(s.out, "last.pt")):
             raise UserError(f"{s.out}: another run has saved last.pt meanwhile; run the command again")
         common.write_json(Path(s.out, "config.json"), vars(s))
-        code = common.git("rev-parse", "HEAD") + common.git("status", "--short") + common.git("diff", "HEAD")
-        common.write_file(Path(s.out, f"code_{state.step:06d}.diff"), code.encode())
+        common.write_file(Path(s.out, f"code_{state.step:06d}.diff"), common.describe_code())
     saved = start.checkpoint or {}
     has_words = rank() == 0 and s.text_encoder == "own"  # only rank 0 saves; for T5, words are not reported
     words = sorted({*train_data.words(), *saved.get("words", ())}) if has_words else []
@@ -348,7 +348,8 @@ def end_of_epoch(state, codec, train_data, valid_data, unigram, checkpoint_info,
     log.stage("valid", step, epoch, **valid, **unigram, gain=gain, gain_se=gain_se, tracks=n_tracks)
     if not valid["ce"] < DIVERGED:
         raise UserError(f"step {step}: valid ce {valid['ce']:g}, it diverged; start again with a lower --lr")
-    if step > 0 and valid["ce"] < log.best_ce:
+    is_missing = not distributed.gather(best.exists())[0]  # removed; the stages below read it
+    if step > 0 and (valid["ce"] < log.best_ce or is_missing):
         log.best_ce = valid["ce"]
         averaged, _ = distributed.get_state(state.ema)
         distributed.save_on_rank_0(best, "best", ema=averaged, step=step, ce=log.best_ce, **checkpoint_info)
@@ -463,13 +464,13 @@ def main():
     bar.close()
     distributed.cleanup_distributed()
     if state.step < s.steps or not log.is_committed(state.step):
-        command = f"{distributed.launch_command()} {shlex.join(sys.argv)}"
+        command = f"{distributed.launch_command()} {common.quote(*sys.argv)}"
         note = " (on each node, with its rendezvous options)" if "--nnodes" in command else ""
         print(f"stopped at step {state.step}; to resume: {command}{note}")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])  # SIGTERM if only another rank got a signal
     print(f"\nlisten: {Path(s.out, 'index.html')}")
-    caption = shlex.quote(shards.text_of(valid_data.tracks[0]))
-    print(f"try:    python sample.py {s.out}/best.pt {caption} --duration {s.clip_seconds or s.segment:g}")
+    words = common.quote(Path(s.out, "best.pt"), shards.text_of(valid_data.tracks[0]))
+    print(f"try:    python sample.py {words} --duration {s.clip_seconds or s.segment:g}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from common import UserError, find_beside, load_checkpoint
+from common import UserError, expand_home, find_beside, load_checkpoint
 from distributed import rank, world_size
 
 
@@ -118,6 +118,7 @@ MODEL_SETTINGS = (  # must equal those of the checkpoint that a run starts from
     " melody style style_dim style_heads style_layers style_codebooks style_bins style_seconds"
 ).split()
 WEIGHT_FILES = ("codec_weights", "text_encoder_weights")
+PATHS = (*WEIGHT_FILES, "data", "out", "init_from")
 # taken from the checkpoint too, unless a config file or the command line sets them
 OTHER_INHERITED = "segment clip_seconds cfg cfg_beta temperature top_k top_p".split()
 LORA_SETTINGS = "lora_rank lora_targets".split()  # must be equal too if a run resumes
@@ -155,6 +156,8 @@ def convert(key, value, source):
         value = tuple(part.strip() for part in value.split(",") if part.strip())
     if kind is tuple and type(value) in (list, int):
         value = tuple(value) if type(value) is list else (value,)
+    if key in PATHS and type(value) is str:
+        value = expand_home(value)
     if type(value) is not kind:
         raise UserError(f"{source}: {key} must be {kind.__name__}, not {value!r}")
     parts, limit = value if kind is tuple else (value,), 2**62 if key == "seed" else 10**12

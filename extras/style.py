@@ -107,7 +107,7 @@ class StyleEmbedder(nn.Module):
         self.frames, self.stride = round(max_seconds * codec_info["frame_rate"]), round(codec_info["frame_rate"] / RATE)
         if self.frames < 1:
             raise UserError(f"style_seconds: {max_seconds:g} s is shorter than one frame of the codec; use longer ones")
-        self.length, self.codebooks = math.ceil(self.frames / self.stride), codebooks
+        self.length, self.codebooks, self.K = math.ceil(self.frames / self.stride), codebooks, codec_info["K"]
         self.register_buffer("tables", torch.zeros(codec_info["K"], codec_info["card"], codec_info["dim"]))
         self.inp = nn.Linear(codec_info["dim"], dim)
         self.positions = nn.Parameter(torch.zeros(self.frames, dim))
@@ -132,7 +132,7 @@ class StyleEmbedder(nn.Module):
         """
         excerpts = [torch.as_tensor(style[0])[:, : self.frames] if style else None for style in styles]
         N = max([1, *(excerpt.shape[1] for excerpt in excerpts if excerpt is not None)])
-        codes = torch.zeros(len(styles), len(self.tables), N, dtype=torch.int64)
+        codes = torch.zeros(len(styles), self.K, N, dtype=torch.int64)
         mask = torch.zeros(len(styles), N, dtype=torch.bool)
         codebooks = torch.full((len(styles),), self.codebooks)
         for row, excerpt in enumerate(excerpts):

@@ -33,7 +33,8 @@ class T5Encoder:
                     tensors["shared.weight"] = tensors.pop("embed_tokens.weight")
                 for name in sorted(tensors):
                     digest.update(name.encode() + tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-                self.weights = {name: tensor.float() for name, tensor in tensors.items()}
+                # copied, because the file is mapped and another program may overwrite it
+                self.weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
                 self.dim = self.weights["shared.weight"].shape[1]
                 self.id = f"t5-{self.dim}-{digest.hexdigest()[:8]}"
                 self(torch.tensor([[END]]), torch.tensor([[True]]))  # fails if a tensor is missing or does not fit

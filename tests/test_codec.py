@@ -1,8 +1,10 @@
 """The frozen codec, mono and stereo, of complete and of streamed audio; the music that `tiny` is trained on."""
 
 import math
+import os
 import shutil
 import struct
+import types
 import urllib.error
 from pathlib import Path
 
@@ -101,7 +103,8 @@ def test_errors_name_the_codec_and_the_remedy(monkeypatch, published, tmp_path):
     def unreachable(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(UserError, match="cannot be downloaded.*--codec_weights=FILE, or use --codec=tiny"):
         load_codec("encodec_24khz")
     with pytest.raises(UserError, match="none.th: no such file. Download https:"):
@@ -114,6 +117,26 @@ def test_errors_name_the_codec_and_the_remedy(monkeypatch, published, tmp_path):
         load_codec("mp3")
     with pytest.raises(UserError, match="bandwidth must be one of 1.5, 3, 6, 12"):
         load_codec("encodec_24khz:5")
+
+
+def test_a_download_is_checked_by_its_hash_even_if_cached_and_runs_no_code(monkeypatch, published, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    cached = tmp_path / "checkpoints" / "encodec_24khz-d7cc33bc.th"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, expected: shutil.copy(published, path))
+    for _ in range(2):  # downloaded, then cached
+        with pytest.raises(UserError, match=f"{cached}: damaged .*d7cc33bc.*; remove it to download"):
+            load_codec("encodec_24khz")
+    torch.save({"a": Code()}, cached)
+    digest = types.SimpleNamespace(hexdigest=lambda: "d7cc33bc")
+    with monkeypatch.context() as patch:
+        patch.setattr("codec.hashlib.sha256", lambda content: digest)
+        with pytest.raises(UserError, match=f"{cached}: not the weights of encodec_24khz"):
+            load_codec("encodec_24khz")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_stereo_encodes_left_and_right_with_the_same_codec():

@@ -1,5 +1,6 @@
 """Shards to batches: a pure function of (seed, step), the same on any number of ranks."""
 
+import io
 import json
 import os
 import pickle
@@ -8,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from models import PATTERNS, make_stub
+from models import PATTERNS, make_model, make_stub
 
 import data
 from audio import load_audio
@@ -235,6 +236,21 @@ def test_a_shard_that_becomes_shorter_is_refused(dataset_copy):
     assert len(train_data.codes(first)) == first["frames"]
     with pytest.raises(UserError, match="train_000.npy: shorter than when it was opened"):
         train_data.codes(last)
+
+
+@pytest.mark.parametrize("conditions", [{}, dict(melody=True, style=True)])
+def test_a_pickled_worker_gets_the_tokenizers_and_no_weights(train_data, conditions):
+    model, s = make_model(**conditions), settings(**conditions)
+    batches = TrainingBatches(train_data, model, s)
+    tensors = []
+    pickler = pickle.Pickler(io.BytesIO())
+    pickler.persistent_id = lambda value: tensors.append(value) if isinstance(value, torch.Tensor) else None
+    pickler.dump(batches)
+    assert not tensors
+    (batch,), (other,) = batches[1], pickle.loads(pickle.dumps(batches))[1]
+    assert batch.condition_tensors.keys() == other.condition_tensors.keys() >= {"text", *conditions}
+    for name, parts in batch.condition_tensors.items():
+        assert all(map(torch.equal, parts, other.condition_tensors[name]))
 
 
 def test_an_array_file_can_be_pickled_and_rejects_column_order(tmp_path):

@@ -28,6 +28,7 @@ from conftest import (
 
 import common
 import distributed
+import log as run_log
 import metrics
 from common import UserError
 from model import MusicLM
@@ -314,6 +315,21 @@ def test_ranks_wait_for_rank_0_to_save_longer_than_the_timeout_of_a_step(dataset
 
 def do_not_sleep():
     time.sleep = lambda seconds: None  # common.run waits for torchrun to end the other ranks
+
+
+def test_only_rank_0_reads_the_logs_and_all_ranks_get_its_error(dataset, toy_run, tmp_path):
+    out = Path(shutil.copytree(toy_run[0], tmp_path / "out"))
+    args = (*TOY, f"--data={dataset}", f"--out={out}", "--steps=8", "--samples=0")
+    history = (out / "history.jsonl").read_text()
+    Ranks(*args, before=refuse_logs_except_on_rank_0).finish()
+    assert (out / "history.jsonl").read_text().startswith(history)
+    (out / "metrics.jsonl").write_text("{\n")
+    assert "metrics.jsonl: not JSON" in Ranks(*args, "--steps=9", before=refuse_logs_except_on_rank_0).finish(status=2)
+
+
+def refuse_logs_except_on_rank_0():
+    if distributed.rank() > 0:
+        run_log.read_log = None
 
 
 def test_ranks_with_different_settings_are_refused(dataset, tmp_path):

@@ -43,6 +43,19 @@ def test_both_files_are_cut_back_to_the_step_where_a_run_resumes(tmp_path, is_co
     assert Log(Settings(out=str(tmp_path)), -1).history == [] == read_log(tmp_path / "metrics.jsonl"), "a new run"
 
 
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    log = Log(Settings(out=str(tmp_path)), -1)
+    log.write("metrics", dict(step=3, ce=2.0, grad_norm=math.inf, skipped=1))
+    log.stage("evaluate", 3, 1, fad=math.nan, parts=[{"x": -math.inf}])
+    for name in ("metrics", "history"):
+        (line,) = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        assert json.loads(line, parse_constant=pytest.fail) == read_log(tmp_path / f"{name}.jsonl")[0]
+    assert read_log(tmp_path / "metrics.jsonl") == [dict(step=3, ce=2.0, grad_norm=None, skipped=1)]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "grad_norm": Infinity}\n')  # written by older code
+    Log(Settings(out=str(tmp_path)), 3)
+    assert read_log(tmp_path / "metrics.jsonl") == [dict(step=3, grad_norm=None)]
+
+
 def test_a_file_that_is_not_a_log_is_refused(tmp_path):
     assert read_log(tmp_path / "missing.jsonl") == []
     for content, message in (

@@ -126,7 +126,9 @@ def test_all_copies_of_a_model_share_one_frozen_t5(imported):
     saved = load(imported["mono"] / "best.pt")
     assert saved["text_encoder"] == encoder.id and not any("encoder" in name for name in saved["ema"])
     assert not any(tensor.requires_grad for tensor in encoder.weights.values())
-    tokenize = pickle.loads(pickle.dumps(model.conditioner.tokenize))  # as a data worker gets it that is not forked
+    pickled = pickle.dumps(model.conditioner.tokenize)  # as a data worker gets it that is not forked
+    assert b"load_encoder" not in pickled, "the encoder stays in the main process"
+    tokenize = pickle.loads(pickled)
     assert torch.equal(
         tokenize([{"text": "calm"}])["text"][0], model.conditioner.tokenize([{"text": "calm"}])["text"][0]
     )

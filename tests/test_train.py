@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
@@ -419,14 +420,40 @@ def test_changed_validation_data_reset_the_best_loss(toy_run, dataset_copy, tmp_
 def test_a_resumed_run_unmaps_the_checkpoint_it_started_from(toy_run, tmp_path, train_toy, monkeypatch):
     """Otherwise the disk space of the replaced file would not be freed."""
     is_mapped, save_checkpoint = [], common.save_checkpoint
+    gc.disable()  # as in a short start, in which the collector does not run by chance
 
     def save(*args, **state):
         is_mapped.append("last.pt" in Path("/proc/self/maps").read_text())
         save_checkpoint(*args, **state)
 
     monkeypatch.setattr(common, "save_checkpoint", save)
-    train_toy(shutil.copytree(toy_run[0], tmp_path / "out"), "--steps=8")
+    try:
+        train_toy(shutil.copytree(toy_run[0], tmp_path / "out"), "--steps=8")
+    finally:
+        gc.enable()
     assert is_mapped and not any(is_mapped)
+
+
+def test_the_paths_of_a_run_may_begin_with_the_home_folder_or_not_be_utf8(toy_run, tmp_path, train_toy, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = os.fsdecode(b"a\xfcs")
+    shutil.copytree(toy_run[0], tmp_path / name)
+    (tmp_path / "other.py").write_text(f"init_from = '~/{toy_run[0].name}'\nout = '~/run'\n")
+    assert config.read_file(tmp_path / "other.py")["out"] == str(tmp_path / "run")
+    train_toy(f"~/{name}", "--steps=8")
+    output = train_toy(f"~/{name}", "--steps=10")
+    assert "resuming from" in output and load(tmp_path / name / "last.pt")["step"] == 10
+    (command,) = [line for line in output.splitlines() if line.startswith("try:")]
+    assert f"{tmp_path}/a\\xfcs/best.pt' " in command and not Path("~").exists()
+    assert load_model(tmp_path / name)[1].out == str(tmp_path / name)
+
+
+def test_a_best_checkpoint_that_was_removed_is_written_again(toy_run, tmp_path, train_toy):
+    out = Path(shutil.copytree(toy_run[0], tmp_path / "out"))
+    (out / "best.pt").unlink()
+    train_toy(out, "--steps=12", "--lr=1e-9")  # the loss does not improve enough to write it anyway
+    assert (9, "generate") in stages(out) and load(out / "best.pt")["step"] in (9, 12)
+    assert stages(out).count((9, "best")) == 1
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=slow), "float16"])
@@ -531,7 +558,9 @@ def test_settings_of_the_optimizer_may_change_on_resuming(tmp_path, train_toy):
 def test_a_finished_run_is_not_evaluated_again(tmp_path, train_toy, withhold_nothing):
     train_toy(tmp_path, "--evaluate_clips=2")
     output = train_toy(tmp_path, "--evaluate_clips=2")
-    assert "fad" in output and "generating" not in output and len(stage_lines(tmp_path, "evaluate")) == 1
+    assert "finished at step 6" in output and "--steps" in output and "listen:" in output
+    assert not {"fad", "epoch 1,", "generating", "resuming"} & {*re.findall(r"epoch 1,|\w+", output)}
+    assert len(stage_lines(tmp_path, "evaluate")) == 1
     before = (tmp_path / "last.pt").read_bytes()
     train_toy(tmp_path, "--evaluate_clips=2", "--steps=4")  # fewer steps than it has
     assert (tmp_path / "last.pt").read_bytes() == before

@@ -146,7 +146,7 @@ def import_model(path, out, settings=(), codec_weights=None, text_encoder_weight
         work.replace(out)
     print(f"wrote {out}: {', '.join(sorted(file.name for file in out.iterdir()))}\n{LICENCE}")
     note = "" if has_text else "It ignores captions until it is trained. "
-    print(f"{note}Try: python sample.py {out}" + ' "80s pop with a catchy synth"' * has_text)
+    print(f"{note}Try: python sample.py {common.quote(out)}" + ' "80s pop with a catchy synth"' * has_text)
 
 
 def import_projection(path, text, projection):
