@@ -48,9 +48,9 @@ def load_model(path, device="cpu", text_encoder_weights=None):
                         f" {model.conditioner.text_encoder_id}; pass its --text_encoder_weights")  # fmt: skip
     check_weights(model, saved["ema"], path)
     weights = saved["ema"]
-    weights |= {
-        name: tensor.float() for name, tensor in weights.items() if tensor.dtype in (torch.half, torch.bfloat16)
-    }
+    for name, tensor in weights.items():  # copied, because the file is mapped and another program may overwrite it
+        dtype = torch.float32 if tensor.dtype in (torch.half, torch.bfloat16) else tensor.dtype
+        weights[name] = tensor.to(device, dtype, copy=True)
     model.load_state_dict(weights, assign=True)
     model.conditioner.text.words = frozenset(saved.get("words", ()))
     return model.eval().requires_grad_(False).to(device), settings, saved["codec"]

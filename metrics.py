@@ -38,6 +38,7 @@ from conditioning import SILENCE, chromagram
 from dataprep import shards
 from generate import cache_length, generate, load_model, optimize
 from tools import copying, probe, tables, withhold
+from tools.output import LOUDNESS, set_loudness
 
 PROBE_CLIPS = 600  # minimum number of real clips that the probe learns from, if there are so many
 FLOOR_DRAWS = 10  # maximum number of sets of real clips, whose Fréchet distances are averaged
@@ -271,7 +272,8 @@ def write_samples(checkpoint, codec, valid_data, step, s):
     """Write clips for the first held-out captions, with the same seeds every time. Every rank must call this.
 
     Each caption gets a clip from its conditions alone, and one that continues the first quarter of the held-out music.
-    This music and its decoded codes are written too. Return a dict of each clip's paths, relative to OUT, on rank 0.
+    This music and its decoded codes are written too, and all with the loudness of sample.py's files. Return a dict of
+    each clip's paths, relative to OUT, on rank 0.
     """
     model = load(checkpoint, codec.device, s.text_encoder_weights)
     T, tracks, out = clip_frames(s, codec), valid_data.tracks[: s.samples], Path(s.out)
@@ -296,6 +298,7 @@ def write_samples(checkpoint, codec, valid_data, step, s):
         with contextlib.suppress(UserError):  # the file may have moved since it was encoded
             wav = load_audio(track["path"], codec.sample_rate, codec.channels, real.shape[1] * codec.hop)
             wavs["reference"] = (real_folder / f"{name}.wav", wav)
+        wavs = {key: (path, set_loudness(wav.cpu(), codec.sample_rate, LOUDNESS)) for key, (path, wav) in wavs.items()}
         paths = {key: write_audio(path, wav, codec.sample_rate).relative_to(out).as_posix()
                  for key, (path, wav) in wavs.items()}  # fmt: skip
         seconds = prompt_frames / codec.frame_rate

@@ -33,14 +33,15 @@ import torch
 from tqdm import tqdm
 
 import config
-from audio import FORMATS, draw_spectrogram, file_name, load_audio, open_audio, write_audio
+from audio import FORMATS, draw_spectrogram, load_audio, open_audio, write_audio
 from codec import encode_long, load_codec
 from common import UserError
 from conditioning import CHROMA_RATE, INFERENCE_CODEBOOKS, SILENCE, strongest
 from dataprep.analysis import chroma_of
-from dataprep.shards import words_of
+from dataprep.shards import clean_text, words_of
+from dataprep.tracks import read_text
 from generate import generate, load_model, optimize, stream
-from tools.output import set_loudness, write_stream
+from tools.output import LOUDNESS, decode_long, plan_clips, set_loudness, write_stream
 
 # ranges of the options whose default is the run's setting
 RANGES = {"cfg": (-1e6, 1e6), "cfg_beta": (-1e6, 1e6), "temperature": (0, 1e6), "top_k": (0, 1e12), "top_p": (0, 1)}
@@ -53,7 +54,7 @@ def parse_arguments(words=None):
     add("checkpoint", help="a run's folder, which means its best.pt, or a checkpoint file")
     add("captions", nargs="*", default=[], help="descriptions of the music; without one, or empty: unconditional")
     add("--file", help="a text file with more captions, one per line")
-    add("--interactive", action="store_true", help="read more captions from the terminal, until an empty line")
+    add("--interactive", action="store_true", help="read more captions from the terminal, until an empty line or q")
     add("--n", type=int, default=1, help="samples per caption (default 1)")
     add("--duration", type=float, default=8.0, help="seconds, including the prompt (default 8)")
     add("--stride", type=float, help="seconds between windows (default half of one); smaller strides keep more context")
@@ -71,9 +72,10 @@ def parse_arguments(words=None):
     add("--top_k", type=int, help="sample from the k likeliest codes; 0: from all")
     add("--top_p", type=float, help="sample from the likeliest codes with this total probability, instead of top_k")
     add("--batch", type=int, default=8, help="most samples to generate together (default 8)")
-    add("--out", default="samples", help="folder or, for one sample, file; existing files are never overwritten")
-    add("--format", choices=[suffix[1:] for suffix in FORMATS], default="wav", help="format in a folder (default wav)")
-    add("--loudness", default="-23", help="in LUFS, or none; lower if peaks would exceed -1 dB of full scale;"
+    add("--out", default="samples", help="folder or, for one sample, file. Existing files are never overwritten,"
+        " and those of the same options are skipped, so that a stopped list can be continued")  # fmt: skip
+    add("--format", choices=[suffix[1:] for suffix in FORMATS], help="format in a folder (default wav)")
+    add("--loudness", default=str(LOUDNESS), help="in LUFS, or none; lower if peaks would exceed -1 dB of full scale;"
         " without pyloudnorm, measured by RMS (default -23, as in EBU R 128)")  # fmt: skip
     add("--spectrogram", action="store_true", help="also write a .png next to each file; needs Pillow")
     add("--stream", action="store_true", help="write one sample to stdout while it is generated, for a player as above:"
@@ -98,13 +100,9 @@ def parse_time(text):
 
 def read_captions(args):
     """Return the captions of the command line and of --file. Without any, and not --interactive: an empty one."""
-    captions = [caption.encode(errors="replace").decode() for caption in args.captions]  # terminals may send any bytes
+    captions = [clean_text(caption) for caption in args.captions]  # as in prepare.py
     if args.file:
-        try:
-            lines = Path(args.file).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"--file {args.file}: not UTF-8 text; save it as UTF-8") from None
-        captions += [line.strip() for line in lines if line.strip()]
+        captions += filter(None, map(clean_text, re.split(r"[\r\n]", read_text(Path(args.file)))))
         if not captions:
             raise UserError(f"--file {args.file}: contains no caption; write one per line")
     return captions or ([] if args.interactive else [""])
@@ -126,6 +124,11 @@ def check_arguments(args):
         (is_file and not is_single, f"--out {args.out}: a file is for one sample of one caption; use a folder"),
         (args.stream and not is_single, "--stream is for one sample of one caption"),
         (args.stream and is_terminal, "--stream writes raw samples: pipe stdout into a player, as --help shows"),
+        (args.top_k and args.top_p, "--top_k and --top_p: each replaces the other; pass one of them"),
+        (is_file and args.format not in (None, suffix[1:]), f"--format {args.format}: {args.out} ends in {suffix};"
+         " use the same suffix, or a folder"),
+        (args.stream and (args.spectrogram or args.format),
+         "--stream writes raw samples; omit --format and --spectrogram"),
         (args.start != "0" and not args.prompt, f"--from {args.start}: needs --continue, the file to start from"),
         (args.interactive and not sys.stdin, "--interactive reads captions from stdin, which is closed; open it"),
         (args.spectrogram and not importlib.util.find_spec("PIL"), "--spectrogram: needs Pillow; pip install pillow"),
@@ -156,6 +159,10 @@ def load(args):
 def generation_options(args, model, s, codec):
     """Return the arguments of `generate` and `stream`, except conditions and seeds."""
     options = {key: getattr(s, key) if getattr(args, key) is None else getattr(args, key) for key in RANGES}
+    if args.top_k is not None and args.top_p is None:
+        options["top_p"] = 0.0  # the typed option replaces the run's
+    elif args.top_p and args.top_k is None:
+        options["top_k"] = 0
     for key, (low, high) in RANGES.items():
         if not low <= options[key] <= high:
             raise UserError(f"--{key} {options[key]}: must be a number from {low:,.0f} to {high:,.0f}")
@@ -165,6 +172,10 @@ def generation_options(args, model, s, codec):
     stride = window // 2 if args.stride is None else round(args.stride * rate)
     if frames > window:
         print(f"{args.duration:g} s is longer than the {s.segment:g} s of training: windows {stride / rate:g} s apart")
+    if args.cfg_beta is not None and not args.style:
+        print(f"--cfg_beta {args.cfg_beta:g}: not used without --style")
+    if args.stride is not None and frames <= window:
+        print(f"--stride {args.stride:g}: not used, because {args.duration:g} s need only one window")
     prompt = load_prompt(args, codec, frames) if args.prompt else None
     return dict(frames=frames, prompt=prompt, stride=stride, **options)
 
@@ -257,13 +268,13 @@ def write_sample(path, wav, codec, args, info):
 
 
 def caption_lists(args):
-    """Yield the given captions as one list. With --interactive, then yield each typed one until an empty line."""
+    """Yield the given captions as one list. With --interactive, then yield each typed one until an empty line or q."""
     if args.captions:
         yield args.captions
     if args.interactive:
         sys.stdin.reconfigure(errors="replace")
         with contextlib.suppress(EOFError):
-            while caption := input("caption> ").strip():
+            while (caption := clean_text(input("caption> "))).strip("/:\\()").lower() not in ("", "q", "quit", "exit"):
                 yield [caption]
         print()
 
@@ -286,29 +297,18 @@ def main():
     code = common.git("describe", "--always", "--dirty", "--abbrev=40").strip()
     info = {**vars(args), **{key: options[key] for key in RANGES}, "code": code, "settings": vars(s)}
     out, seeds = Path(args.out), itertools.count(args.seed)
-    is_file = out.suffix.lower() in FORMATS
-    (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
+    (out.parent if out.suffix.lower() in FORMATS else out).mkdir(parents=True, exist_ok=True)
     for captions in caption_lists(args):
         report_captions(captions, model.conditioner.text, others)
-        requests = [(caption, next(seeds)) for caption in captions for _ in range(args.n)]
-        paths = [out if is_file else out / f"{file_name(*request)}.{args.format}" for request in requests]
-        suffixes = ("", ".json", ".png")[: 2 + args.spectrogram]
-        files = [path.with_suffix(suffix or path.suffix) for path in paths for suffix in suffixes]
-        if existing := next(filter(Path.exists, files), None):
-            error = UserError(f"{existing}: exists already; choose another --seed or --out, or remove it")
-            if not args.interactive:
-                raise error
-            print(error)
-            continue
-        frames = -(-len(requests) // args.batch) * options["frames"]
-        with tqdm(total=frames, desc="generating", unit="frame", file=sys.stdout) as bar:
-            for first in range(0, len(requests), args.batch):
-                names, batch_seeds = zip(*requests[first : first + args.batch])
-                conditions = [{"text": caption, **others} for caption in names]
+        clips = plan_clips(captions, seeds, args, info)
+        frames = -(-len(clips) // args.batch) * options["frames"]
+        with tqdm(total=frames, desc="generating", unit="frame", file=sys.stdout, disable=not clips) as bar:
+            for first in range(0, len(clips), args.batch):
+                paths, infos = zip(*clips[first : first + args.batch])
+                conditions, batch_seeds = zip(*[({"text": i["caption"], **others}, i["seed"]) for i in infos])
                 codes = generate(model, conditions, seeds=batch_seeds, progress=bar.update, **options)
-                for path, caption, seed, clip in zip(paths[first:], names, batch_seeds, codes):
-                    wav = codec.decode(clip[None])[0].cpu()
-                    write_sample(path, wav, codec, args, {**info, "caption": caption, "seed": seed})
+                for path, clip_info, clip in zip(paths, infos, codes):
+                    write_sample(path, decode_long(codec, clip), codec, args, clip_info)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,31 @@ import platform
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import needs_compiler, slow
+from conftest import load, needs_compiler, slow
 from models import EXCERPTS, ORGAN, PATTERNS, PIANO, make_model
 
 import generate as generation
 from common import UserError, has_fast_bfloat16
 from extras import compiler
 from extras.cpu_linear import PackedLinear, SummedLinear
-from generate import choose_codes, condition_groups, generate, guide, optimize, stream
+from generate import choose_codes, condition_groups, generate, guide, load_model, optimize, stream
 from model import attention, cached_pattern
 
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 each_kind_of_positions = pytest.mark.parametrize("positions", ["sinusoidal", "rope"])
 needs_packing = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="needs an x86")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_model_does_not_change_when_its_file_is_overwritten(toy_run, tmp_path, dtype):
+    """`cp other.pt best.pt` writes into the file that is in use."""
+    saved, path = load(toy_run[0] / "best.pt"), tmp_path / "best.pt"
+    torch.save({**saved, "ema": {name: tensor.to(dtype) for name, tensor in saved["ema"].items()}}, path)
+    model, _, _ = load_model(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, saved["ema"][name].to(dtype).to(tensor.dtype), atol=0, rtol=0)
 
 
 def test_a_condition_that_the_model_was_not_trained_with_is_refused():

@@ -551,3 +551,18 @@ def test_clips_may_be_longer_than_the_trained_length(dataset, tmp_path, command,
     assert soundfile.info(tmp_path / clip["free"]).duration == pytest.approx(1.8)
     (result,) = (line for line in lines(tmp_path / "history.jsonl") if line["stage"] == "evaluate")
     assert result["clips"] == 2 and 0 <= result["adherence"]["drums"]["cfg 3"] <= 1
+
+
+def test_no_sample_of_the_pages_music_is_at_full_scale(toy_run, dataset, tmp_path, monkeypatch):
+    """The codec's music is 20 times as loud, and the held-out track is clipped."""
+    codec, valid = load_codec("tiny"), data.TokenDataset(dataset, "valid")
+    decode = codec.decode
+    monkeypatch.setattr(codec, "decode", lambda codes: 20 * decode(codes))
+    soundfile.write(tmp_path / "clipped.wav", np.ones(32_000) * (-1) ** (np.arange(32_000) // 20), 16_000)
+    valid.tracks[0]["path"] = str(tmp_path / "clipped.wav")
+    s = load_model(toy_run[0] / "best.pt")[1]
+    s.out = str(tmp_path)
+    (clip,) = metrics.write_samples(toy_run[0] / "best.pt", codec, valid, 3, s)
+    for key in ("free", "continued", "codec", "reference"):
+        wav, _ = soundfile.read(tmp_path / clip[key])
+        assert 0.01 < np.abs(wav).max() < 0.95 and np.square(wav).mean() ** 0.5 < 0.2, key

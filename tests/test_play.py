@@ -13,10 +13,11 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from conftest import finish, start
+from conftest import finish, lines, load, start
 
 import sample
 from codec import decode_stream
+from dataprep import shards
 from demo import tiny
 from generate import stream
 from tools import play
@@ -143,6 +144,7 @@ def test_other_checkpoints_of_the_folder_can_be_chosen(server):
     assert info["checkpoints"] == ["best.pt", "last.pt"] and info["checkpoint"] == "best.pt"
     (server.engine.folder / "codec.pt").write_bytes(tiny.WEIGHTS.read_bytes())  # as demo/tiny.pt beside demo/demo.pt
     assert server.engine.names() == ["best.pt", "last.pt"]
+    assert info["caption"] and info["caption"] not in server.open("GET", "/").read().decode()
     assert info["conditions"] == [] and info["cfg"] == 3 and info["sample_rate"] == RATE
     first = server.engine.model
     assert json.loads(server.open("GET", "/info?checkpoint=last.pt").read())["checkpoint"] == "last.pt"
@@ -192,6 +194,14 @@ def test_bad_audio_gets_one_line(server, fake_ffmpeg, tmp_path):
     content = base64.b64encode((tmp_path / "hours.au").read_bytes()).decode()
     hours = dict(name="hours.m4a", content=content)
     assert "longer than 10 minutes; cut it" in server.error({**OPTIONS, "continue": hours})
+    for name, sizes in (("a.wav", {4: bytes(4), 40: bytes(4)}), ("a.flac", {21: b"\xf0" + bytes(4)})):
+        soundfile.write(tmp_path / name, tone(1), RATE)
+        content = bytearray((tmp_path / name).read_bytes())
+        for first, size in sizes.items():  # as recorded from a pipe
+            content[first : first + len(size)] = size
+        audio = dict(name=name, content=base64.b64encode(content).decode())
+        status, reply = server.post({**OPTIONS, "continue": audio})
+        assert status == 200 if name == "a.wav" else "a.flac: its header has no length" in reply and "WAV" in reply
     large = dict(name="a.wav", content="A" * (play.UPLOAD_MB * 4_000_000 // 3 + 20_000))
     assert "is larger than 20 MB" in server.error({**OPTIONS, "continue": large}, expected=413)
 
@@ -210,6 +220,41 @@ def test_two_requests_are_served_in_turn(server):
     assert status == 200 and events[0] == {"wait": 1} and "start" in events[1]
     np.testing.assert_array_equal(samples(first), alone[0])
     np.testing.assert_array_equal(samples(events), alone[1])
+
+
+def ask_and_read_nothing(server, options):
+    """Send a request on a connection with small buffers, and return it."""
+    body, connection = json.dumps(options).encode(), socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.port))
+    head = f"POST /generate HTTP/1.1\nHost: x\nContent-Type: application/json\nContent-Length: {len(body)}\n\n"
+    connection.sendall(head.replace("\n", "\r\n").encode() + body)
+    return connection
+
+
+@pytest.mark.parametrize("stalled_seconds", [0.2, 1000])
+def test_a_client_that_reads_nothing_delays_no_other(folder, request, monkeypatch, stalled_seconds):
+    """It loses its turn, or its clip is complete in memory before the next begins."""
+    monkeypatch.setattr(play, "STALLED_SECONDS", stalled_seconds)
+    server, n = Server(folder / "best.pt"), []
+    request.addfinalizer(server.stop)
+    large = base64.b64encode(bytes(2_000_000)).decode()  # more than the buffers of the connection hold
+
+    def generate(options, args):
+        yield {"start": {}}
+        for _ in range(20):
+            time.sleep(0.05)
+            n.append(options["seed"])
+            yield {"pcm": large if options["seed"] == 1 else ""}
+
+    monkeypatch.setattr(server.engine, "generate", generate)
+    with ask_and_read_nothing(server, {**OPTIONS, "seed": 1}):
+        while not n:
+            time.sleep(0.01)
+        status, events = server.post({**OPTIONS, "seed": 2})
+        assert status == 200 and events[0] == {"wait": 1} and len(events) == 22
+        assert (n.count(1) == 20) == (stalled_seconds == 1000)
+    assert server.is_idle()
 
 
 def test_an_error_after_waiting_is_an_event(server):
@@ -253,6 +298,23 @@ def test_missing_packages_are_named(toy_run):
     )
     message = finish(start("-c", program, toy_run[0] / "best.pt"), status=2)
     assert message == "play.py: error: needs starlette and uvicorn; install them with: pip install starlette uvicorn\n"
+
+
+def test_the_page_begins_with_a_caption_of_the_models_own_data(dataset, folder, tmp_path):
+    saved, (path, *_) = load(folder / "best.pt"), sorted(dataset.glob("valid_*.jsonl"))
+    texts = [shards.text_of(track) for track in lines(path)]
+    assert play.example_caption({**saved, "words": []}) == texts[0]
+    assert play.example_caption(saved) in texts and shards.words_of([play.example_caption(saved)]) <= {*saved["words"]}
+    other = {**saved, "words": ["a", "tango"]}  # the folder holds other data now
+    assert play.example_caption(other) == ""
+    for data in ("gone", "", "a\0"):
+        moved = {**saved, "settings": {**saved["settings"], "data": data}}
+        assert play.example_caption(moved) in ("", play.CAPTION)
+        assert play.example_caption({**moved, "words": ["tango"]}) == ""
+        assert play.example_caption({**moved, "words": []}) == play.CAPTION
+    (tmp_path / "valid_000.jsonl").write_text("{")
+    damaged = {**saved, "settings": {**saved["settings"], "data": str(tmp_path)}, "words": []}
+    assert play.example_caption(damaged) == play.CAPTION
 
 
 def test_a_port_in_use_or_a_missing_checkpoint_gets_one_line(server, folder, command):

@@ -15,7 +15,9 @@ import torch
 from conftest import ROOT, finish, load, start
 
 import sample
+from codec import load_codec
 from common import UserError
+from dataprep.shards import clean_text
 from demo.tiny import WEIGHTS
 from tools import output
 
@@ -106,7 +108,8 @@ def test_the_json_next_to_a_file_reproduces_it(play, toy_run, tmp_path):
     play("slow bells 🔔", "--n", 2, *options)
     info = json.loads((tmp_path / "out" / "slow_bells_10.json").read_text(encoding="utf-8"))
     assert info["caption"] == "slow bells 🔔" and info["seed"] == 10 and info["settings"]["dim"] == 32
-    assert info["cfg"] == 2 and info["top_k"] == 250 and info["prompt"] == str(tmp_path / "organ.wav")
+    assert {key: info[key] for key in ("cfg", "top_p", "top_k")} == {"cfg": 2, "top_p": 0.9, "top_k": 0}
+    assert info["prompt"] == str(tmp_path / "organ.wav")
     assert is_commit(info["code"]) and info["checkpoint"] == str(toy_run[0] / "best.pt")
     first = pcm(tmp_path / "out" / "slow_bells_10.flac").astype(int)
     play(info["caption"], *options, "--seed", info["seed"], "--out", tmp_path / "again")
@@ -143,7 +146,7 @@ def test_invalid_options_get_one_line(play, tmp_path):
         (["--seed=-1"], "must lie between 0 and 2^62"),
         (["--loudness", "3"], "must be below 0 LUFS"),
         (["--n", 0], "--n and --batch must be 1 or above"),
-        (["--file", tmp_path / "none.txt"], "none.txt: No such file"),
+        (["--file", tmp_path / "none.txt"], "none.txt: cannot be read"),
     ):
         printed = play("bells", *args, status=2)
         assert message in printed and printed.count("\n") == 1, printed
@@ -212,7 +215,98 @@ def test_captions_from_a_file_with_several_samples_each(play, tmp_path):
         (tmp_path / "captions.txt").write_bytes(content)
         printed = play("--file", tmp_path / "captions.txt", status=2)
         assert ("contains no caption" in printed) == (content[:1] == b"\n")
-        assert ("not UTF-8 text; save it as UTF-8" in printed) == (b"F" in content)
+        assert ("captions.txt: not UTF-8" in printed) == (b"F" in content)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_of_captions_has_one_caption_per_line_and_is_read_as_by_prepare(play, tmp_path, encoding):
+    lines = ["fast\u2028bells", "slow\x0corgan\x85tune\x1cone", "cal\u200bm\tstrings"]
+    for ending in ("\n", "\r\n", "\r"):
+        (tmp_path / "list.txt").write_bytes(ending.join(lines).encode(encoding))
+        args = sample.parse_arguments(["x", "--file", str(tmp_path / "list.txt")])
+        assert sample.read_captions(args) == list(map(clean_text, lines))
+    assert sample.read_captions(args)[:2] == ["fast bells", "slow organ tune one"]
+    args = sample.parse_arguments(["x", "fast\u2028bells\u200b", "\udcff broken"])
+    assert sample.read_captions(args) == ["fast bells", "broken"]
+
+
+def test_the_typed_one_of_top_k_and_top_p_replaces_the_runs_setting(play, toy_run, tmp_path, command):
+    """With the likeliest code only, every seed gives the same music."""
+    saved = load(toy_run[0] / "best.pt")
+
+    def make(run, *args):
+        saved["settings"] |= run
+        torch.save(saved, tmp_path / "run.pt")
+        out = tmp_path / f"{len(names(tmp_path, '*'))}"
+        args = (tmp_path / "run.pt", "bells", "--n", 2, "--duration", 0.3, "--out", out, *args)
+        assert command(sample, *args)[0] == 0
+        info = json.loads((out / "bells_0.json").read_text())
+        return np.array_equal(pcm(out / "bells_0.wav"), pcm(out / "bells_1.wav")), info["top_k"], info["top_p"]
+
+    assert make({"top_p": 0.9, "top_k": 250}, "--top_k", 1) == (True, 1, 0)
+    assert make({"top_p": 1e-9, "top_k": 250}) == (True, 250, 1e-9)
+    assert make({"top_p": 1e-9, "top_k": 250}, "--top_k", 0) == (False, 0, 0)
+    assert make({"top_p": 0.0, "top_k": 1}) == (True, 1, 0)
+    assert make({"top_p": 0.0, "top_k": 1}, "--top_p", 0.99) == (False, 0, 0.99)
+    assert make({"top_p": 0.9, "top_k": 1}, "--top_p", 0) == (True, 1, 0)
+    printed = play("bells", "--top_k", 5, "--top_p", 0.5, status=2)
+    assert "--top_k and --top_p" in printed and printed.count("\n") == 1
+    assert "--stride 0.3: not used" in play("bells", "--stride", 0.3, "--cfg_beta", 2, "--seed", 9)
+    assert "--cfg_beta 2: not used without --style" in play("bells", "--cfg_beta", 2, "--seed", 10)
+    assert "not used" not in play("bells", "--stride", 0.3, "--duration", 1.4, "--seed", 11)
+    assert "--stream writes raw samples" in play("bells", "--stream", "--format", "flac", status=2)
+    printed = play("bells", "--out", tmp_path / "a.wav", "--format", "flac", status=2)
+    assert "--format flac" in printed and not (tmp_path / "a.wav").exists()
+
+
+def test_a_stopped_list_continues_with_the_same_command(play, tmp_path):
+    out = tmp_path / "out"
+    args = ("organ", "fast bells", "strings", "--batch", 1)
+    play(*args)
+    complete = {name: pcm(out / name).astype(int) for name in names(out)}
+    for name in ("fast_bells_1", "strings_2"):
+        for suffix in (".wav", ".json"):
+            (out / f"{name}{suffix}").unlink()
+    first = (out / "organ_0.wav").stat().st_mtime_ns
+    printed = play(*args, "--device", "cpu")
+    assert "skipped 1 of 3 files" in printed and printed.count("wrote ") == 2
+    assert (out / "organ_0.wav").stat().st_mtime_ns == first
+    for name in complete:
+        np.testing.assert_allclose(pcm(out / name), complete[name], atol=3)
+    assert "skipped 3 of 3 files" in play(*args) and names(out) == sorted(complete)
+    for other in (("--cfg", 2), ("--duration", 0.4), ("--loudness=-30",), ("--temperature", 0.5)):
+        assert "organ_0.wav: exists already; choose another --seed or --out" in play(*args, *other, status=2)
+    (out / "organ_0.json").write_text("[1]")
+    assert "organ_0.wav: exists already" in play(*args, status=2)
+
+
+def test_files_that_are_older_than_their_checkpoint_are_not_taken_for_complete(toy_run, command, tmp_path):
+    shutil.copy(toy_run[0] / "best.pt", tmp_path / "best.pt")
+    args = (tmp_path / "best.pt", "bells", "--duration", 0.3, "--out", tmp_path / "bells.wav")
+    assert command(sample, *args)[0] == 0 and "skipped 1 of 1" in command(sample, *args)[1]
+    os.utime(tmp_path / "best.pt", (2e9, 2e9))  # trained further
+    status, printed = command(sample, *args)
+    assert status == 2 and "bells.wav: exists already" in printed
+
+
+def test_interactive_ends_with_q_and_uses_the_next_free_name(play, tmp_path, monkeypatch):
+    for ending in ("q", "exit", " QUIT ", ":q", "exit()"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"bells\n{ending}\nnever\n".encode())))
+        printed = play("--interactive")
+        assert printed.count("wrote ") == 1 and "choose another" not in printed
+    assert names(tmp_path / "out") == [f"bells_{seed}.wav" for seed in range(5)]
+    assert "bells_3.wav: exists already; trying the next seed" in printed
+    seeds = [json.loads((tmp_path / "out" / f"bells_{seed}.json").read_text())["seed"] for seed in range(5)]
+    assert seeds == [0, 1, 2, 3, 4]
+
+
+def test_long_codes_are_decoded_in_parts_that_equal_the_codecs_decoding():
+    codec, sizes = load_codec("tiny"), []
+    codes = torch.randint(512, (4, 50 * 35), generator=torch.Generator().manual_seed(0))
+    expected, decode = codec.decode(codes[None])[0], codec.decode
+    codec.decode = lambda codes: sizes.append(codes.shape[2]) or decode(codes)
+    torch.testing.assert_close(output.decode_long(codec, codes), expected, atol=1e-4, rtol=0)
+    assert len(sizes) > 2 and max(sizes) < 50 * 25
 
 
 def test_a_sample_does_not_depend_on_its_batch(play, tmp_path):

@@ -1,18 +1,70 @@
-"""Prepare samples for listening: set their loudness, or write them to a player while they are generated.
+"""Prepare samples for listening: name, decode and scale them, or write them to a player while they are generated.
 
-Letters: K codebooks.
+Letters: K codebooks, T frames.
 """
 
+import json
 import math
+import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 import common
+from audio import FORMATS, file_name
 from codec import decode_stream
+from common import UserError
 
+LOUDNESS = -23  # default in LUFS, as in EBU R 128
 PEAK = 10 ** (-1 / 20)  # loudest sample, -1 dB of full scale, because lossy formats add some tenths of a dB
+OTHER_OPTIONS = "captions file interactive n batch out format device compile spectrogram code".split()  # of sample.py
+
+
+def plan_clips(captions, seeds, args, info):
+    """Return [(path, content of its .json)] of the clips that sample.py is to generate.
+
+    Clips that exist with the same options are skipped. With --interactive, clips get the next seed whose name is free.
+    seeds: an iterator. info: the options. Raises UserError if another file is in the way.
+    """
+    clips, n_skipped, out = [], 0, Path(args.out)
+    for caption in [caption for caption in captions for _ in range(args.n)]:
+        for seed in seeds:
+            path = out if out.suffix.lower() in FORMATS else out / f"{file_name(caption, seed)}.{args.format or 'wav'}"
+            clip = {**info, "caption": caption, "seed": seed}
+            suffixes = (path.suffix, ".json", ".png")[: 2 + args.spectrogram]
+            existing = next(filter(Path.exists, map(path.with_suffix, suffixes)), None)
+            if not (existing and args.interactive):
+                break
+            print(f"{existing}: exists already; trying the next seed")
+        if not existing:
+            clips.append((path, clip))
+        elif is_complete(path, suffixes, clip, [args.checkpoint, args.prompt, args.melody, args.style]):
+            n_skipped += 1
+        else:
+            raise UserError(f"{existing}: exists already; choose another --seed or --out, or remove it")
+    if n_skipped:
+        print(f"skipped {n_skipped} of {n_skipped + len(clips)} files, which exist already with the same options")
+    return clips
+
+
+def is_complete(path, suffixes, info, inputs):
+    """Return whether a clip's files exist, are newer than the input files, and its .json has the options `info`."""
+    try:
+        saved = dict(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+        time_written = min(path.with_suffix(suffix).stat().st_mtime for suffix in suffixes)
+    except (OSError, ValueError, TypeError):
+        return False
+    info = json.loads(json.dumps(info))  # lists instead of tuples
+    has_same_options = all(saved.get(key) == info[key] for key in info if key not in OTHER_OPTIONS)
+    return has_same_options and all(os.stat(file).st_mtime <= time_written for file in inputs if file)
+
+
+def decode_long(codec, codes):
+    """Decode codes [K, T] to wav [channels, samples] on the CPU, in chunks of 10 s to bound the memory."""
+    wavs = decode_stream(codec, [codes[None]], n=10 * codec.frame_rate)
+    return torch.cat([wav[0].cpu() for wav in wavs], dim=1)
 
 
 def set_loudness(wav, sample_rate, lufs):

@@ -22,7 +22,9 @@ import json
 import re
 import socket
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import soundfile
 
@@ -31,6 +33,7 @@ import sample
 from audio import FFMPEG_SUFFIXES, file_name, load_audio
 from codec import decode_stream
 from common import UserError
+from dataprep import shards
 from generate import stream
 from tools.output import to_pcm
 
@@ -46,7 +49,9 @@ try:
 except ImportError:
     uvicorn = None
 
+CAPTION = "a slow piano melody in a minor key, with drums"  # if the model's data are gone, and it contains these words
 MAX_SECONDS = 120  # of a clip
+STALLED_SECONDS = 5  # after which a client that reads nothing loses its turn, if others wait
 UPLOAD_MB = 20  # of all audio in a request
 UPLOAD_SECONDS, UPLOAD_SAMPLES = 600, 60_000_000  # of one decoded file: a few bytes can contain hours of silence
 NUMBERS = {"seed": int, "duration": float, "cfg": float, "temperature": float}
@@ -86,14 +91,17 @@ def save_audio(request, key, folder):
 
 
 def is_too_long(path):
-    if path.suffix.lower() in FFMPEG_SUFFIXES:  # the length is known only after decoding
-        return load_audio(path, 8000, samples=UPLOAD_SECONDS * 8000 + 1).shape[1] > UPLOAD_SECONDS * 8000
-    try:
-        info = soundfile.info(path)
-    except soundfile.LibsndfileError:  # sample.py reports files that are not audio
-        return False
-    frames = info.frames or path.stat().st_size  # a header without a length: an upper bound
-    return frames > UPLOAD_SECONDS * info.samplerate or frames * info.channels > UPLOAD_SAMPLES
+    if path.suffix.lower() not in FFMPEG_SUFFIXES:
+        try:
+            info = soundfile.info(path)
+        except soundfile.LibsndfileError:  # sample.py reports files that are not audio
+            return False
+        if info.frames >= 2**62:  # libsndfile cannot decode them to their end
+            raise UserError(f"{path}: its header has no length, as in a recording from a pipe; convert it to WAV")
+        if info.frames:
+            return info.frames > UPLOAD_SECONDS * info.samplerate or info.frames * info.channels > UPLOAD_SAMPLES
+    # the length is known only after decoding
+    return load_audio(path, 8000, samples=UPLOAD_SECONDS * 8000 + 1).shape[1] > UPLOAD_SECONDS * 8000
 
 
 @functools.lru_cache(maxsize=1000)
@@ -156,24 +164,50 @@ class Engine:
             yield {"pcm": base64.b64encode(to_pcm(wav[0])).decode()}
 
     async def events(self, request):
-        """Yield the events of a request. Requests are served in turn. Closing this generator ends the clip."""
+        """Yield the events of a request. Closing this generator ends the clip."""
         args = read_options(request, self.defaults)
         args.checkpoint = self.checkpoint_path(request.get("checkpoint"))
+        client = SimpleNamespace(events=asyncio.Queue(), last_read=time.monotonic(), is_gone=False)
+        task = asyncio.create_task(self.serve(client, request, args))
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # read here if the client is gone
+        try:
+            while event := await client.events.get():
+                client.last_read = time.monotonic()
+                yield event
+            await task  # raises its error
+        finally:
+            client.is_gone = True
+
+    async def serve(self, client, request, args):
+        """Put the events of a request into a queue, when its turn comes, so that slow clients do not delay others."""
         self.requests += 1
         try:
             if self.requests > 1:
-                yield {"wait": self.requests - 1}
+                client.events.put_nowait({"wait": self.requests - 1})
             async with self.turn:
-                clip = self.generate(request, args)
-                while event := await run_in_threadpool(next, clip, None):
-                    yield event
+                clip, client.last_read = self.generate(request, args), time.monotonic()
+                while not client.is_gone and (event := await run_in_threadpool(next, clip, None)):
+                    client.events.put_nowait(event)
+                    is_stalled = time.monotonic() - client.last_read > STALLED_SECONDS
+                    if is_stalled and client.events.qsize() > 1 and self.requests > 1:
+                        raise UserError("stopped, because this page did not read its music while others waited")
         finally:
             self.requests -= 1
+            client.events.put_nowait(None)
 
 
 def for_the_page(text):
     """Remove the -- of options and the folder of uploads from sample.py's messages."""
     return re.sub(rf"--(?=\w)|\S*{UPLOAD_PREFIX}\w+.({'|'.join(AUDIO)})_", "", text)
+
+
+def example_caption(saved):
+    """Return a held-out caption of a checkpoint's data or, if they are gone, CAPTION. "" if its words are not known."""
+    captions, words = [CAPTION], set(saved.get("words", ()))
+    with contextlib.suppress(UserError, StopIteration):
+        path = next(iter(sorted(Path(saved["settings"]["data"]).glob("valid_*.jsonl"))))
+        captions = [shards.text_of(track)[:1000] for track in shards.read_tracks(path, 2**62)]
+    return next((text for text in captions if text and (not words or shards.words_of([text]) <= words)), "")
 
 
 def get_page(http):
@@ -183,11 +217,12 @@ def get_page(http):
 def get_info(http):
     engine = http.app.state.engine
     path = engine.checkpoint_path(http.query_params.get("checkpoint"))
-    settings = common.load_checkpoint(path)["settings"]
+    saved = common.load_checkpoint(path)
+    settings = saved["settings"]
     return JSONResponse({
         "checkpoints": engine.names(), "checkpoint": Path(path).name, "max_seconds": MAX_SECONDS,
         "cfg": settings["cfg"], "temperature": settings["temperature"], "sample_rate": engine.sample_rate,
-        "conditions": [key for key in ("melody", "style") if settings[key]],
+        "caption": example_caption(saved), "conditions": [key for key in ("melody", "style") if settings[key]],
     })  # fmt: skip
 
 
@@ -255,6 +290,7 @@ def main():
     app = make_app(Engine(defaults))
     try:
         listener = socket.create_server((args.host, args.port))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # to notice soon that a client stopped reading
     except (OSError, OverflowError, TypeError) as error:
         raise UserError(f"--host {args.host} --port {args.port}: {common.first_line(error)}; choose another") from None
     print(f"open http://{args.host}:{listener.getsockname()[1]}", flush=True)
