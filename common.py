@@ -143,10 +143,14 @@ def size_and_mtime(path):
         return None
 
 
+def checkpoint_path(path):
+    """Return the file of a checkpoint. A run's folder means its best.pt."""
+    return Path(path, "best.pt") if Path(path).is_dir() else Path(path)
+
+
 def find_beside(file, checkpoint):
     """Return `file` or, if it no longer exists because the run was moved, its namesake next to the checkpoint."""
-    folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
-    moved = folder / Path(file).name
+    moved = checkpoint_path(checkpoint).parent / Path(file).name
     return str(moved) if file and not Path(file).exists() and moved.exists() else file
 
 
@@ -245,7 +249,7 @@ def load_checkpoint(path, kinds=("last", "best")):
 
     Raises UserError for a missing, broken or foreign file.
     """
-    path = Path(path, "best.pt") if Path(path).is_dir() else path
+    path = checkpoint_path(path)
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train one with: python train.py config/demo.py, or import one"
                         " with: python -m tools.convert import")  # fmt: skip

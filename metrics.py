@@ -308,7 +308,7 @@ def write_samples(checkpoint, codec, valid_data, step, s):
 
 def evaluate_run(run, args, device):
     """Evaluate a run's best.pt, or a checkpoint: write metrics.json next to it, and return its content."""
-    path = Path(run, "best.pt") if Path(run).is_dir() else Path(run)
+    path = common.checkpoint_path(run)
     _, s, codec_info = load_model(path, text_encoder_weights=args.text_encoder_weights)
     s.evaluate_clips, s.cfg = args.clips, s.cfg if args.cfg is None else args.cfg
     codec = shards.load_matching_codec(s.data, s.codec, args.codec_weights or s.codec_weights).to(device)

@@ -86,8 +86,7 @@ def parse_arguments(words=None):
     add("--codec_weights", help="the codec's weights, if they have moved since training")
     add("--text_encoder_weights", help="T5's weights, if they have moved since training")
     args = parser.parse_intermixed_args(words)
-    if Path(args.checkpoint).is_dir():
-        args.checkpoint = str(Path(args.checkpoint, "best.pt"))
+    args.checkpoint = str(common.checkpoint_path(args.checkpoint))
     return args
 
 

@@ -1,6 +1,6 @@
 """Read and check the files of a prepared data set, data/NAME/.
 
-    meta.json                codec, sizes, checksums, the request that made it, and `reconstruction`, see report.py
+    meta.json                codec, sizes, checksums, the request that made it, and `reconstruction`, the codec's error
     train_000.npy            uint16 [frames, K]; a shard has at most 100 million frames, or one track
     train_000_melody.npy     uint8 [frames], the strongest pitch class of each frame, 12 for silence
     train_000.jsonl          one line per track: name, path, file hash, first frame in the shard, frames, caption,
